@@ -1,0 +1,329 @@
+"""Requests on an instance: entering and leaving the decode batch, growing, finishing, being evicted."""
+
+from __future__ import annotations
+
+import math
+
+from ooco_gym._jit import inline, njit
+from ooco_gym.cluster import lists
+from ooco_gym.cluster.lists import push_back, push_front, remove
+from ooco_gym.cluster.queues import (
+    completion_push,
+    completion_remove,
+    first_finish_step,
+    schedule,
+    timer_push,
+)
+from ooco_gym.cluster.rules import evicts_for_online, routing_score, victim
+from ooco_gym.cluster.run import blocks_for, cut, growth_at
+from ooco_gym.cluster.state import (
+    DECODING,
+    FREE,
+    HELD,
+    IDLE,
+    INBOUND_OFFLINE,
+    INBOUND_ONLINE,
+    NONE,
+    OFFLINE_DECODES,
+    ONLINE_DECODES,
+    QUEUED,
+    REQUEUED,
+    RESIDENT,
+    RING_SECONDS,
+    UNUSED,
+    WAITING,
+)
+from ooco_gym.roofline.cost import prefill_s
+
+
+@inline
+def free_blocks(c, instance):
+    state = c.instances[instance]
+    return state.kv_blocks - state.used_blocks
+
+
+@inline
+def take_blocks(c, instance, slot, blocks):
+    state = c.instances[instance]
+    state.used_blocks += blocks
+    if c.slots[slot].online != NONE:
+        state.online_blocks += blocks
+
+
+@njit
+def ring_second(c, time_s):
+    """The history record of the second that contains ``time_s``, emptied when it still holds an older one."""
+    second = int(time_s)
+    record = c.ring[second % RING_SECONDS]
+    if record.second < second:
+        record.second = second
+        record.arrivals = 0
+        record.prefill_s = 0.0
+        record.prompt_tokens = 0
+        record.finished = 0
+        record.output_tokens = 0
+        record.violations = 0
+    return record
+
+
+@inline
+def wake(c, instance):
+    """Give an instance a decision: at once when idle, at its next boundary when decoding."""
+    activity = c.instances[instance].activity
+    now_s = c.world[0].now_s
+    if activity == IDLE:
+        schedule(c, instance, now_s)
+    elif activity == DECODING:
+        cut(c, instance, now_s)
+
+
+@inline
+def decode_list(c, slot):
+    return OFFLINE_DECODES if c.slots[slot].online == NONE else ONLINE_DECODES
+
+
+@njit
+def context_now(c, slot):
+    """Prompt and generated tokens of a resident, brought up to the accounted step."""
+    record = c.slots[slot]
+    if record.selected == 1:
+        return record.context + c.instances[record.instance].steps
+    return record.context
+
+
+@njit
+def select(c, instance, slot):
+    """Put a resident into the decode batch."""
+    state = c.instances[instance]
+    record = c.slots[slot]
+    context = record.context
+    if record.online == NONE:
+        state.selected_offline += 1
+        state.context_offline += context
+    else:
+        state.selected_online += 1
+        state.context_online += context
+    record.context = context - state.steps
+    record.selected = 1
+    c.block_phase[instance, int(record.online != NONE), record.context % c.world[0].block_tokens] += 1
+    completion_push(c, instance, slot)
+    state.changed = 1
+
+
+@njit
+def unselect(c, instance, slot):
+    """Take a resident out of the decode batch (at a boundary); its KV stays."""
+    state = c.instances[instance]
+    record = c.slots[slot]
+    c.block_phase[instance, int(record.online != NONE), record.context % c.world[0].block_tokens] -= 1
+    completion_remove(c, instance, slot)
+    context = record.context + state.steps
+    if record.online == NONE:
+        state.selected_offline -= 1
+        state.context_offline -= context
+    else:
+        state.selected_online -= 1
+        state.context_online -= context
+    record.context = context
+    record.selected = 0
+    record.blocks = blocks_for(c, context if state.grown == 1 else context - 1)
+    record.last_token_s = c.world[0].now_s
+    state.changed = 1
+
+
+@njit
+def join(c, instance, slot):
+    """Make a request resident; it takes part from the next decision on."""
+    world = c.world[0]
+    record = c.slots[slot]
+    record.instance = instance
+    record.phase = RESIDENT
+    record.order = world.sequence
+    world.sequence += 1
+    push_back(c, instance, decode_list(c, slot), slot)
+    c.instances[instance].changed = 1
+
+
+@njit
+def leave(c, instance, slot):
+    """Take a resident off the instance's lists; its blocks stay taken until the caller frees them."""
+    if c.slots[slot].selected == 1:
+        unselect(c, instance, slot)
+    remove(c, instance, decode_list(c, slot), slot)
+    c.instances[instance].changed = 1
+
+
+@njit
+def release(c, instance, slot):
+    """Free the KV that a slot holds on an instance."""
+    blocks = c.slots[slot].blocks
+    take_blocks(c, instance, slot, -blocks)
+    c.slots[slot].blocks = 0
+
+
+@njit
+def free_slot(c, slot):
+    c.slots[slot].phase = UNUSED
+    push_back(c, c.world[0].instances, FREE, slot)
+
+
+@njit
+def finish(c, slot):
+    """Book the last token of a request, whose KV has been released."""
+    world = c.world[0]
+    record = c.slots[slot]
+    if record.online != NONE:
+        c.online_finish_s[record.online] = world.now_s
+        world.online_finished += 1
+        second = ring_second(c, world.now_s)
+        second.finished += 1
+        second.output_tokens += record.output
+    else:
+        if world.measure_from_s < world.now_s <= world.measure_to_s:
+            world.offline_finished += 1
+            world.offline_finished_prompt_tokens += record.prompt
+            world.offline_finished_output_tokens += record.output
+        world.offline_output_sum += record.output
+        world.offline_output_count += 1
+    free_slot(c, slot)
+
+
+@njit
+def first_token(c, slot):
+    """Book the first token of an online request and start its TPOT deadline."""
+    world = c.world[0]
+    record = c.slots[slot]
+    request = record.online
+    if c.online_first_s[request] < math.inf:
+        return  # a recomputed request had its first token before
+    c.online_first_s[request] = world.now_s
+    in_time = world.now_s <= record.arrival_s + world.ttft_slo_s
+    if in_time and record.output > 1:
+        timer_push(c, world.now_s + (record.output - 1) * world.tpot_slo_s, request)
+
+
+@njit
+def complete_finished(c, instance):
+    """Release and book every sequence whose last token came with the iteration that just ended."""
+    state = c.instances[instance]
+    while state.heap_size > 0 and first_finish_step(c, instance) <= state.steps:
+        slot = c.heaps[instance, 0]
+        cancel_pull(c, slot)
+        leave(c, instance, slot)
+        release(c, instance, slot)
+        finish(c, slot)
+
+
+@njit
+def cancel_pull(c, slot):
+    record = c.slots[slot]
+    if record.leaving == 1:
+        record.leaving = 0
+        c.instances[record.target].pulled_slot = NONE
+
+
+@njit
+def enqueue_online(c, slot, at_head):
+    """Route an online request to a relaxed instance and wake it; returns the instance."""
+    world = c.world[0]
+    record = c.slots[slot]
+    best = 0
+    best_score = math.inf
+    for instance in range(world.relaxed):
+        score = routing_score(c, instance, slot)
+        if score < best_score:
+            best, best_score = instance, score
+    world.round_robin += 1
+    record.instance = best
+    record.phase = QUEUED
+    record.estimate_s = prefill_s(c.scheduler_cost[best], record.context)
+    c.instances[best].pending_s += record.estimate_s
+    if at_head:
+        push_front(c, best, WAITING, slot)
+    else:
+        push_back(c, best, WAITING, slot)
+    wake(c, best)
+    return best
+
+
+@njit
+def requeue(c, slot):
+    """Send a request that lost its KV back to the head of its queue, to be recomputed."""
+    if c.slots[slot].online == NONE:
+        c.slots[slot].phase = QUEUED
+        push_front(c, c.world[0].instances, REQUEUED, slot)
+        for instance in range(c.world[0].relaxed):
+            wake(c, instance)
+    else:
+        enqueue_online(c, slot, True)
+
+
+@njit
+def evict(c, instance, slot):
+    """Free a resident's KV; the request will be recomputed."""
+    cancel_pull(c, slot)
+    leave(c, instance, slot)
+    release(c, instance, slot)
+    c.world[0].evictions += 1
+    requeue(c, slot)
+
+
+@njit
+def _evict_held(c, instance):
+    """Free the newest offline request that was prefilled here and waits for room elsewhere; False if none."""
+    best = NONE
+    for target in range(c.world[0].relaxed, c.world[0].instances):
+        slot = lists.last(c, target, INBOUND_OFFLINE)
+        while slot != NONE:
+            record = c.slots[slot]
+            if record.instance == instance and record.phase == HELD:
+                if best == NONE or record.order > c.slots[best].order:
+                    best = slot
+                break
+            slot = record.prev
+    if best == NONE:
+        return False
+    remove(c, c.slots[best].target, INBOUND_OFFLINE, best)
+    release(c, instance, best)
+    c.instances[instance].held_offline -= 1
+    c.world[0].evictions += 1
+    requeue(c, best)
+    return True
+
+
+@njit
+def make_room_for_online(c, instance, blocks):
+    """Evict offline work, newest first, until ``blocks`` are free; says whether they are."""
+    while free_blocks(c, instance) < blocks:
+        if not evicts_for_online(c):
+            return False
+        slot = lists.last(c, instance, OFFLINE_DECODES)
+        if slot != NONE:
+            evict(c, instance, slot)
+        elif not _evict_held(c, instance):
+            return False
+    return True
+
+
+@njit
+def grow(c, instance):
+    """Give every sequence of the last iteration the block of its next token; evict where they do not fit."""
+    state = c.instances[instance]
+    if state.grown == 1:
+        return
+    while True:
+        step = state.steps - 1
+        online = growth_at(c, instance, step, 1)
+        offline = growth_at(c, instance, step, 0)
+        if online + offline <= state.kv_blocks - state.used_blocks:
+            break
+        evict(c, instance, victim(c, instance))
+    state.used_blocks += online + offline
+    state.online_blocks += online
+    state.grown = 1
+
+
+@inline
+def waiting_inbound(c, instance):
+    return lists.length(c, instance, INBOUND_ONLINE) + lists.length(c, instance, INBOUND_OFFLINE)
+

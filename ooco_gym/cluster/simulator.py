@@ -1,0 +1,163 @@
+"""The Python face of the compiled cluster: build it for an episode, advance it, read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from ooco_gym.cluster.control import KNOB_COUNT, RULES, check_knobs, check_rules, ooco_knobs
+from ooco_gym.cluster.loop import NEEDS_SLOTS, prepare, run, set_knobs
+from ooco_gym.cluster.state import (
+    FREE,
+    INSTANCE,
+    LIST_COUNT,
+    NONE,
+    RELAXED,
+    RING_SECONDS,
+    SECOND,
+    SLOT,
+    STRICT,
+    TBT_BINS,
+    WORLD,
+    Cluster,
+)
+from ooco_gym.scenario import Scenario
+
+_COST_ERROR_FREE = ("layers", "hard_max")  # coefficients that are not seconds
+
+
+class Simulator:
+    """One episode of one scenario under fixed rules.
+
+    >>> simulator = Simulator(scenario, rules={}, seed=0)
+    >>> simulator.run(60.0)
+    """
+
+    def __init__(self, scenario: Scenario, rules: Mapping[str, str] | None = None, seed: int = 0) -> None:
+        self.scenario = scenario
+        self.rules = check_rules(rules or {})
+        self.seed = seed
+        self.cluster = _build(scenario, self.rules, seed)
+        prepare(self.cluster)
+
+    @property
+    def now_s(self) -> float:
+        return float(self.cluster.world[0]["now_s"])
+
+    def run(self, until_s: float) -> None:
+        """Advance to ``until_s``, simulated seconds from the start of the episode."""
+        while run(self.cluster, float(until_s)) == NEEDS_SLOTS:
+            self.cluster = _with_more_slots(self.cluster)
+
+    def set_knobs(self, knobs: npt.ArrayLike) -> None:
+        """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
+        set_knobs(self.cluster, check_knobs(knobs))
+
+
+def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
+    online_seed, offline_seed, noise_seed, bias_seed = (
+        int(part.generate_state(1, np.uint64)[0]) for part in np.random.SeedSequence(seed).spawn(4)
+    )
+    online = scenario.online.sample(online_seed, scenario.horizon_s)
+    offline = scenario.offline.sample(offline_seed, scenario.horizon_s)
+    spec, slo = scenario.cluster, scenario.slo
+    count, requests = scenario.instances, len(online.arrival_s)
+
+    world = np.zeros(1, WORLD)
+    values = {
+        "instances": count,
+        "relaxed": spec.relaxed,
+        "max_batch_tokens": spec.max_batch_tokens,
+        "max_seqs": spec.max_seqs,
+        "block_tokens": spec.block_tokens,
+        "kv_bytes_per_token": scenario.model.kv_bytes_per_token,
+        "link_bytes_per_s": spec.link_bytes_per_s,
+        "link_latency_s": spec.link_latency_s,
+        "ttft_slo_s": slo.ttft_s,
+        "tpot_slo_s": slo.tpot_s,
+        "pull_interval_s": spec.pull_interval_s,
+        "noise_sigma": scenario.cost.noise_sigma,
+        "noise_seed": noise_seed,
+        "measure_from_s": scenario.warmup_s,
+        "measure_to_s": scenario.horizon_s,
+        "online_requests": requests,
+        "endless": int(offline.endless),
+        "offline_jobs": len(offline.prompt_tokens),
+    }
+    for name, value in values.items():
+        world[0][name] = value
+    for name, choice in rules.items():
+        world[0][f"rule_{name}"] = RULES[name].index(choice)
+
+    instances = np.zeros(count, INSTANCE)
+    instances["role"] = [RELAXED] * spec.relaxed + [STRICT] * spec.strict
+    instances["saturation_batch"] = scenario.saturation_batch
+    instances["kv_blocks"] = scenario.kv_blocks
+    instances["pulled_slot"] = NONE
+    instances["grown"] = 1
+    instances["pull_cursor"] = np.arange(count)
+
+    true_cost = np.repeat(scenario.true_cost, count)
+    bias = float(np.exp(scenario.cost.bias_sigma * np.random.default_rng(bias_seed).standard_normal()))
+    for name in true_cost.dtype.names or ():
+        if name not in _COST_ERROR_FREE:
+            true_cost[name] *= bias
+    lists = np.zeros((count + 1, LIST_COUNT, 3), np.int64)
+    lists[:, :, :2] = NONE
+    ring = np.zeros(RING_SECONDS, SECOND)
+    ring["second"] = -1
+    cluster = Cluster(
+        world=world,
+        instances=instances,
+        slots=np.zeros(0, SLOT),
+        lists=lists,
+        heaps=np.zeros((count, 0), np.int64),
+        block_phase=np.zeros((count, 2, spec.block_tokens), np.int64),
+        times=np.zeros(2 * count + 2),
+        winners=np.zeros(2 * (1 << (2 * count + 1).bit_length()), np.int64),
+        knobs=ooco_knobs(),
+        true_cost=true_cost,
+        scheduler_cost=np.repeat(scenario.scheduler_cost, count),
+        online_arrival_s=online.arrival_s,
+        online_prompt=online.prompt_tokens,
+        online_output=online.output_tokens,
+        online_first_s=np.full(requests, np.inf),
+        online_finish_s=np.full(requests, np.inf),
+        timer_s=np.zeros(requests + 1),
+        timer_request=np.zeros(requests + 1, np.int64),
+        offline_arrival_s=offline.arrival_s,
+        offline_prompt=offline.prompt_tokens,
+        offline_output=offline.output_tokens,
+        ring=ring,
+        tbt=np.zeros(TBT_BINS, np.int64),
+    )
+    assert cluster.knobs.shape == (KNOB_COUNT,)
+    return _with_more_slots(cluster)
+
+
+def _with_more_slots(cluster: Cluster) -> Cluster:
+    """The same cluster with twice the request slots (at first: enough for a decision on every relaxed instance)."""
+    world = cluster.world[0]
+    old = len(cluster.slots)
+    reserve = int((world["relaxed"] + 1) * world["max_seqs"])
+    new = max(2 * old, reserve + 1024)
+    slots = np.zeros(new, SLOT)
+    slots[:old] = cluster.slots
+    heaps = np.zeros((len(cluster.heaps), new), np.int64)
+    heaps[:, :old] = cluster.heaps
+    free = cluster.lists[int(world["instances"]), FREE]
+    added = np.arange(old, new)
+    slots["prev"][old:] = added - 1
+    slots["next"][old:] = added + 1
+    slots["next"][new - 1] = NONE
+    slots["prev"][old] = free[1]
+    if free[1] == NONE:
+        free[0] = old
+    else:
+        slots["next"][free[1]] = old
+    free[1] = new - 1
+    free[2] += new - old
+    world["slots"] = new
+    return cluster._replace(slots=slots, heaps=heaps)

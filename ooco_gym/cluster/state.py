@@ -1,0 +1,221 @@
+"""The typed state of a simulated cluster: every array, field, unit and owner, declared in this one place.
+
+A cluster is a handful of arrays of records. Nothing else holds state, so copying them is a snapshot, and a
+compiled function sees named fields instead of positions.
+
+Requests in flight live in recycled *slots*; lists of slots are intrusive (``next``/``prev`` in the slot), so a list
+has no capacity and every list operation is O(1). What must outlive a request (its token times) is written to
+arrays over all online requests.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ooco_gym.cluster.control import RULE_NAMES
+
+# Roles of an instance.
+RELAXED, STRICT = 0, 1
+
+# What an instance is doing.
+IDLE, DECODING, PREFILLING_ONLINE, PREFILLING_OFFLINE = 0, 1, 2, 3
+
+# Lists of slots kept per instance; rows of ``Cluster.lists``. The last row belongs to the whole cluster.
+WAITING = 0  # online requests waiting for prefill here, first come first served
+BATCH = 1  # members of the running prefill
+ONLINE_DECODES = 2  # resident online decodes, in order of arrival here
+OFFLINE_DECODES = 3  # resident offline decodes, in order of arrival here
+INBOUND_ONLINE = 4  # hand-overs to this instance that wait for room, KV held at their source
+INBOUND_OFFLINE = 5
+LINK = 6  # transfers queued on this instance's outgoing link; the head is on the wire
+LIST_COUNT = 7
+# The cluster-wide row.
+FREE = 0  # unused slots
+REQUEUED = 1  # offline work that lost its KV, served before the backlog
+
+# Life of a slot.
+UNUSED, QUEUED, PREFILL, HELD, TRANSFER, RESIDENT = 0, 1, 2, 3, 4, 5
+
+NONE = -1
+
+WORLD = np.dtype(
+    [
+        # clock and counts, owned by the event loop
+        ("now_s", np.float64),
+        ("instances", np.int64),
+        ("relaxed", np.int64),
+        ("slots", np.int64),
+        ("events", np.int64),
+        ("iterations", np.int64),  # logical iterations: what an iteration-by-iteration simulator would execute
+        ("sequence", np.int64),  # total order of joins; ties and "newest" are decided by it
+        # deployment, constant in an episode
+        ("max_batch_tokens", np.int64),
+        ("max_seqs", np.int64),
+        ("block_tokens", np.int64),
+        ("kv_bytes_per_token", np.float64),
+        ("link_bytes_per_s", np.float64),
+        ("link_latency_s", np.float64),
+        ("ttft_slo_s", np.float64),
+        ("tpot_slo_s", np.float64),
+        ("pull_interval_s", np.float64),
+        ("noise_sigma", np.float64),
+        ("noise_seed", np.uint64),
+        ("measure_from_s", np.float64),
+        ("measure_to_s", np.float64),
+        # online source
+        ("online_requests", np.int64),
+        ("next_online", np.int64),
+        ("round_robin", np.int64),
+        ("ttft_cursor", np.int64),  # first online request whose TTFT deadline has not been judged
+        ("timer_count", np.int64),  # size of the heap of TPOT deadlines
+        # offline source
+        ("endless", np.int64),
+        ("offline_jobs", np.int64),  # rows of the length table
+        ("offline_arrived", np.int64),
+        ("offline_taken", np.int64),
+        ("offline_head_s", np.float64),  # since when the job at the head of the backlog has been on offer
+        # counters, only ever increased
+        ("rejected_online", np.int64),
+        ("rejected_offline", np.int64),
+        ("online_finished", np.int64),
+        ("offline_finished", np.int64),
+        ("offline_finished_prompt_tokens", np.int64),
+        ("offline_finished_output_tokens", np.int64),
+        ("credited_prompt_tokens", np.int64),  # offline prompt tokens prefilled for the first time
+        ("credited_output_tokens", np.int64),  # offline output tokens emitted
+        ("prefilled_tokens", np.int64),
+        ("recomputed_tokens", np.int64),
+        ("violations", np.int64),
+        ("preemptions", np.int64),
+        ("evictions", np.int64),
+        ("migrations", np.int64),
+        ("interrupted_s", np.float64),  # instance seconds thrown away by preemption
+        ("recompute_s", np.float64),  # instance seconds spent on prefilling tokens again
+        ("busy_s", np.float64),
+        ("offline_output_sum", np.int64),
+        ("offline_output_count", np.int64),
+    ]
+    + [(f"rule_{name}", np.int64) for name in RULE_NAMES]
+)
+
+INSTANCE = np.dtype(
+    [
+        ("role", np.int64),
+        ("activity", np.int64),
+        ("saturation_batch", np.float64),
+        # KV cache in blocks; both counts include reservations for transfers on their way
+        ("kv_blocks", np.int64),
+        ("used_blocks", np.int64),
+        ("online_blocks", np.int64),
+        # decode batch: the selected prefix of ONLINE_DECODES followed by OFFLINE_DECODES
+        ("selected_online", np.int64),
+        ("selected_offline", np.int64),
+        ("context_online", np.int64),  # sum of contexts of the selected, tokens
+        ("context_offline", np.int64),
+        ("steps", np.int64),  # decode iterations accounted so far; the clock of the completion heap
+        ("heap_size", np.int64),
+        ("changed", np.int64),  # residents or selection differ from the batch at the anchor
+        ("grown", np.int64),  # the selected hold the block of their next token
+        # the run of unchanged iterations: iteration k ends at the closed form from the anchor
+        ("anchor_s", np.float64),
+        ("anchor_batch", np.int64),
+        ("anchor_context", np.int64),
+        ("c0_s", np.float64),
+        ("c1_s", np.float64),
+        ("done", np.int64),  # iterations since the anchor that are accounted
+        ("run_end", np.int64),  # iteration since the anchor after which the next decision is due
+        ("fresh_online", np.int64),  # online sequences whose first gap here was recorded on its own
+        ("last_iteration_s", np.float64),
+        ("batches", np.uint64),  # counter that keys the noise of each batch
+        # running prefill
+        ("start_s", np.float64),
+        ("end_s", np.float64),
+        ("layers_s", np.float64),
+        ("layer_count", np.float64),
+        ("predicted_end_s", np.float64),
+        ("interrupted", np.int64),
+        ("batch_tokens", np.int64),
+        ("batch_recomputed", np.int64),
+        ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running here
+        ("held_offline", np.int64),  # offline requests prefilled here whose KV has not left yet
+        # pull
+        ("next_pull_s", np.float64),
+        ("pulled_slot", np.int64),
+        ("pull_cursor", np.int64),
+        ("busy_until_s", np.float64),
+    ]
+)
+
+SLOT = np.dtype(
+    [
+        ("next", np.int64),
+        ("prev", np.int64),
+        ("phase", np.int64),  # UNUSED .. RESIDENT
+        ("online", np.int64),  # index of the online request, NONE for offline work
+        ("prompt", np.int64),
+        ("output", np.int64),
+        ("context", np.int64),  # prompt + generated tokens; of a selected decode: context - steps at selection
+        ("selected", np.int64),
+        ("heap_at", np.int64),
+        ("blocks", np.int64),  # KV blocks held at ``instance`` while not selected
+        ("instance", np.int64),
+        ("target", np.int64),  # destination of a hand-over or pull
+        ("leaving", np.int64),  # a pull was granted; leaves at the next boundary
+        ("credited", np.int64),
+        ("computed", np.int64),  # high-water mark of tokens whose KV was computed
+        ("order", np.int64),
+        ("arrival_s", np.float64),
+        ("last_token_s", np.float64),
+        ("estimate_s", np.float64),  # predicted prefill seconds, as counted in ``pending_s``
+    ]
+)
+
+#: One second of history; the ring is indexed by floor(time).
+SECOND = np.dtype(
+    [
+        ("second", np.int64),
+        ("arrivals", np.int64),
+        ("prefill_s", np.float64),
+        ("prompt_tokens", np.int64),
+        ("finished", np.int64),
+        ("output_tokens", np.int64),
+        ("violations", np.int64),
+    ]
+)
+RING_SECONDS = 512
+
+#: Histogram of time between tokens: bins 1 % wide from 0.1 ms; the last bin takes the rest.
+TBT_BINS = 1600
+TBT_FIRST_S = 1e-4
+TBT_RATIO = 1.01
+
+
+class Cluster(NamedTuple):
+    """Every array of one simulated cluster. I instances, S slots, N online requests, J offline jobs."""
+
+    world: npt.NDArray[np.void]  # [1] WORLD
+    instances: npt.NDArray[np.void]  # [I] INSTANCE
+    slots: npt.NDArray[np.void]  # [S] SLOT
+    lists: npt.NDArray[np.int64]  # [I + 1, LIST_COUNT, 3] head, tail, length
+    heaps: npt.NDArray[np.int64]  # [I, S] slots keyed by their finishing step
+    block_phase: npt.NDArray[np.int64]  # [I, 2, block_tokens] selected offline/online by (context - steps) % block
+    times: npt.NDArray[np.float64]  # [2 I + 2] next event of each source
+    winners: npt.NDArray[np.int64]  # [2 P] tournament over ``times``
+    knobs: npt.NDArray[np.float64]  # [KNOB_COUNT]
+    true_cost: npt.NDArray[np.void]  # [I] COST
+    scheduler_cost: npt.NDArray[np.void]  # [I] COST
+    online_arrival_s: npt.NDArray[np.float64]  # [N]
+    online_prompt: npt.NDArray[np.int32]  # [N]
+    online_output: npt.NDArray[np.int32]  # [N]
+    online_first_s: npt.NDArray[np.float64]  # [N] first token; inf until then, nan when rejected
+    online_finish_s: npt.NDArray[np.float64]  # [N] last token; inf until then
+    timer_s: npt.NDArray[np.float64]  # [N] heap of TPOT deadlines of requests whose TTFT was met
+    timer_request: npt.NDArray[np.int64]  # [N]
+    offline_arrival_s: npt.NDArray[np.float64]  # [J], empty when endless
+    offline_prompt: npt.NDArray[np.int32]  # [J]
+    offline_output: npt.NDArray[np.int32]  # [J]
+    ring: npt.NDArray[np.void]  # [RING_SECONDS] SECOND
+    tbt: npt.NDArray[np.int64]  # [TBT_BINS]

@@ -1,0 +1,151 @@
+"""Moving KV between instances: hand-overs after prefill and migrations of running decodes.
+
+A transfer holds KV at its source and reserves it at its destination from the start. Each instance has one outgoing
+link that serves first come, first served; a transfer occupies it for latency + bytes / bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ooco_gym._jit import inline, njit
+from ooco_gym.cluster import lists
+from ooco_gym.cluster.lists import pop_front, push_back
+from ooco_gym.cluster.queues import schedule
+from ooco_gym.cluster.residents import (
+    cancel_pull,
+    context_now,
+    free_blocks,
+    join,
+    leave,
+    make_room_for_online,
+    release,
+    take_blocks,
+    wake,
+)
+from ooco_gym.cluster.rules import FCFS, evicts_for_online, placement_score
+from ooco_gym.cluster.run import advance_to_time, blocks_for
+from ooco_gym.cluster.state import HELD, INBOUND_OFFLINE, INBOUND_ONLINE, LINK, NONE, TRANSFER
+
+
+@inline
+def _service_s(c, slot):
+    """Seconds on the wire: the KV of every token but the newest, whose KV the next iteration computes."""
+    world = c.world[0]
+    kv_bytes = (c.slots[slot].context - 1) * world.kv_bytes_per_token
+    return world.link_latency_s + kv_bytes / world.link_bytes_per_s
+
+
+@njit
+def start_transfer(c, slot, target):
+    """Reserve room at ``target`` and queue the KV on the source's link. The caller has checked the room."""
+    world = c.world[0]
+    record = c.slots[slot]
+    source = record.instance
+    record.phase = TRANSFER
+    record.target = target
+    advance_to_time(c, target, world.now_s)  # its free blocks as of now
+    take_blocks(c, target, slot, blocks_for(c, record.context))
+    wake(c, target)  # less room than its run was planned with
+    push_back(c, source, LINK, slot)
+    if lists.length(c, source, LINK) == 1:
+        schedule(c, world.instances + source, world.now_s + _service_s(c, slot))
+
+
+@njit
+def has_room(c, target, slot):
+    advance_to_time(c, target, c.world[0].now_s)
+    return free_blocks(c, target) >= blocks_for(c, c.slots[slot].context)
+
+
+@njit
+def hand_over(c, slot):
+    """After prefill: choose a strict instance and start the transfer, or wait for room at the source."""
+    world = c.world[0]
+    record = c.slots[slot]
+    target = world.relaxed
+    best = math.inf
+    for instance in range(world.relaxed, world.instances):
+        score = placement_score(c, instance, slot)
+        if score < best:
+            target, best = instance, score
+    record.target = target
+    which = INBOUND_OFFLINE if record.online == NONE and world.rule_prefill_order != FCFS else INBOUND_ONLINE
+    blocked = lists.length(c, target, INBOUND_ONLINE) > 0 or (
+        which == INBOUND_OFFLINE and lists.length(c, target, INBOUND_OFFLINE) > 0
+    )
+    if not blocked and has_room(c, target, slot):
+        start_transfer(c, slot, target)
+        return
+    record.phase = HELD
+    record.order = world.sequence
+    world.sequence += 1
+    push_back(c, target, which, slot)
+    wake(c, target)
+
+
+@njit
+def admit_inbound(c, target):
+    """At a decision of ``target``: start the hand-overs that wait for room, online before offline."""
+    while lists.length(c, target, INBOUND_ONLINE) > 0:
+        slot = lists.first(c, target, INBOUND_ONLINE)
+        blocks = blocks_for(c, c.slots[slot].context)
+        evicting = c.slots[slot].online != NONE and evicts_for_online(c)
+        if evicting:
+            fits = make_room_for_online(c, target, blocks)
+        else:
+            fits = free_blocks(c, target) >= blocks
+        if not fits:
+            return
+        pop_front(c, target, INBOUND_ONLINE)
+        start_transfer(c, slot, target)
+    while lists.length(c, target, INBOUND_OFFLINE) > 0:
+        slot = lists.first(c, target, INBOUND_OFFLINE)
+        if free_blocks(c, target) < blocks_for(c, c.slots[slot].context):
+            return
+        pop_front(c, target, INBOUND_OFFLINE)
+        start_transfer(c, slot, target)
+
+
+@njit
+def start_granted_pulls(c, source):
+    """At a boundary of ``source``: send off the decodes that strict instances pulled."""
+    world = c.world[0]
+    for target in range(world.relaxed, world.instances):
+        slot = c.instances[target].pulled_slot
+        if slot == NONE:
+            continue
+        record = c.slots[slot]
+        if record.leaving == 0 or record.instance != source:
+            continue
+        advance_to_time(c, target, world.now_s)
+        if free_blocks(c, target) >= blocks_for(c, context_now(c, slot)):
+            leave(c, source, slot)
+            record.leaving = 0
+            world.migrations += 1
+            start_transfer(c, slot, target)
+        else:
+            cancel_pull(c, slot)
+
+
+@njit
+def transfer_end(c, source):
+    """The head of a link has arrived: free the source, make it resident at its target, start the next."""
+    world = c.world[0]
+    slot = pop_front(c, source, LINK)
+    record = c.slots[slot]
+    target = record.target
+    if c.instances[target].pulled_slot == slot:
+        c.instances[target].pulled_slot = NONE
+    elif record.online == NONE:
+        c.instances[source].held_offline -= 1
+    release(c, source, slot)
+    record.blocks = blocks_for(c, record.context)
+    join(c, target, slot)
+    wake(c, source)
+    wake(c, target)
+    if lists.length(c, source, LINK) > 0:
+        following = lists.first(c, source, LINK)
+        schedule(c, world.instances + source, world.now_s + _service_s(c, following))
+    else:
+        schedule(c, world.instances + source, math.inf)

@@ -1,0 +1,8 @@
+"""The one exception that a user is meant to read."""
+
+
+class OocoError(ValueError):
+    """Bad input, told in one sentence: what was wrong, where, and what is accepted.
+
+    Commands catch it, print the sentence and exit with status 2; a traceback is for our own defects.
+    """
