@@ -39,7 +39,7 @@ DEFAULT_PRESETS = {
     "slo": "chat",
     "cost": "calibrated",
     "workload": "azure-conv",
-    "offline": "arxiv-summarization",
+    "offline": "sharegpt-8k",
 }
 
 
@@ -73,7 +73,7 @@ class ClusterSpec:
 class SloSpec:
     """Online service level objectives, seconds: time to first token, time per output token."""
 
-    ttft_s: float = 1.0
+    ttft_s: float = 0.5
     tpot_s: float = 0.05
 
     def __post_init__(self) -> None:
