@@ -1,0 +1,10 @@
+"""ooco-gym: a reinforcement-learning gym for online-offline co-located LLM serving.
+
+Importing the package registers ``OOCO/Cluster-v0``; ``gymnasium.make("ooco_gym:OOCO/Cluster-v0")`` imports it first.
+"""
+
+import gymnasium
+
+__version__ = "0.1.0"
+
+gymnasium.register(id="OOCO/Cluster-v0", entry_point="ooco_gym.envs.cluster_env:ClusterEnv")

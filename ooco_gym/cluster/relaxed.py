@@ -103,6 +103,7 @@ def _take_offline(c):
     record.output = c.offline_output[row]
     record.arrival_s = world.offline_head_s if world.endless == 1 else c.offline_arrival_s[row]
     world.offline_taken += 1
+    world.offline_prompt_sum += record.prompt
     world.offline_head_s = world.now_s
     fresh_slot(c, slot)
     return slot

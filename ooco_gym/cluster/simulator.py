@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.cluster.control import KNOB_COUNT, RULES, check_knobs, check_rules, ooco_knobs
+from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
 from ooco_gym.cluster.loop import NEEDS_SLOTS, prepare, run, set_knobs
+from ooco_gym.cluster.outcome import Outcome, measure
 from ooco_gym.cluster.state import (
     FREE,
     INSTANCE,
@@ -23,6 +24,7 @@ from ooco_gym.cluster.state import (
     WORLD,
     Cluster,
 )
+from ooco_gym.cluster.telemetry import TELEMETRY, Telemetry, read
 from ooco_gym.scenario import Scenario
 
 _COST_ERROR_FREE = ("layers", "hard_max")  # coefficients that are not seconds
@@ -40,6 +42,7 @@ class Simulator:
         self.rules = check_rules(rules or {})
         self.seed = seed
         self.cluster = _build(scenario, self.rules, seed)
+        self._constants = _deployment(scenario)
         prepare(self.cluster)
 
     @property
@@ -54,6 +57,27 @@ class Simulator:
     def set_knobs(self, knobs: npt.ArrayLike) -> None:
         """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
         set_knobs(self.cluster, check_knobs(knobs))
+
+    def telemetry(self) -> Telemetry:
+        """What a policy may know now."""
+        return read(self.cluster, self._constants)
+
+    def outcome(self) -> Outcome:
+        """Outcome metrics; meaningful once the scenario's horizon has been reached."""
+        return measure(self.cluster, self.scenario)
+
+
+def _deployment(scenario: Scenario) -> npt.NDArray[np.void]:
+    """A Telemetry record with the fields that do not change in an episode."""
+    record = np.zeros(1, TELEMETRY)
+    record["relaxed_instances"] = scenario.cluster.relaxed
+    record["strict_instances"] = scenario.cluster.strict
+    record["ttft_slo_s"] = scenario.slo.ttft_s
+    record["tpot_slo_s"] = scenario.slo.tpot_s
+    record["decode_floor_s"] = scenario.decode_floor_s
+    record["mean_prefill_s"] = scenario.mean_prefill_s
+    record["saturation_batch"] = scenario.saturation_batch
+    return record
 
 
 def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
@@ -133,7 +157,6 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         ring=ring,
         tbt=np.zeros(TBT_BINS, np.int64),
     )
-    assert cluster.knobs.shape == (KNOB_COUNT,)
     return _with_more_slots(cluster)
 
 

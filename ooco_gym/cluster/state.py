@@ -95,7 +95,8 @@ WORLD = np.dtype(
         ("interrupted_s", np.float64),  # instance seconds thrown away by preemption
         ("recompute_s", np.float64),  # instance seconds spent on prefilling tokens again
         ("busy_s", np.float64),
-        ("offline_output_sum", np.int64),
+        ("offline_prompt_sum", np.int64),  # of all requests taken from the job list
+        ("offline_output_sum", np.int64),  # of all that finished
         ("offline_output_count", np.int64),
     ]
     + [(f"rule_{name}", np.int64) for name in RULE_NAMES]

@@ -1,0 +1,118 @@
+"""Outcome metrics of an episode, exactly as docs/specification.md defines them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ooco_gym.cluster.state import TBT_FIRST_S, TBT_RATIO, Cluster
+from ooco_gym.scenario import Scenario
+
+FEASIBLE_VIOLATION_RATE = 0.03  # the paper's line
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One episode. Times in seconds; rates per second of the measured part (after warm-up)."""
+
+    online_requests: int  # counted: arrived after warm-up, deadline before the end
+    violations: int
+    violation_rate: float
+    ttft_violations: int
+    rejected_online: int
+    rejected_offline: int
+    ttft_p50_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    tbt_p99_s: float
+    offline_output_tokens_per_s: float
+    offline_prompt_tokens_per_s: float
+    offline_requests_per_s: float
+    offline_ideal_s_per_instance_s: float
+    wasted_fraction: float
+    preemptions: int
+    evictions: int
+    migrations: int
+    iterations: int
+    events: int
+
+    @property
+    def feasible(self) -> bool:
+        return self.violation_rate <= FEASIBLE_VIOLATION_RATE
+
+    def to_dict(self) -> dict[str, float | int | bool]:
+        return {**asdict(self), "feasible": self.feasible}
+
+
+def _quantile(values: npt.NDArray[np.float64], q: float) -> float:
+    return float(np.quantile(values, q)) if len(values) else 0.0
+
+
+def tbt_quantile_s(histogram: npt.NDArray[np.int64], q: float) -> float:
+    """Upper edge of the 1 % wide bin that holds the quantile; 0 when no gap was seen."""
+    total = int(histogram.sum())
+    if total == 0:
+        return 0.0
+    index = int(np.searchsorted(np.cumsum(histogram), q * total))
+    return float(TBT_FIRST_S * TBT_RATIO ** (index + 1))
+
+
+def online_violations(
+    cluster: Cluster, scenario: Scenario
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """(counted, ttft_violated, violated), bool [N] each: the definition, request by request."""
+    slo, output = scenario.slo, cluster.online_output
+    arrival, first, finish = cluster.online_arrival_s, cluster.online_first_s, cluster.online_finish_s
+    allowance = (output - 1) * slo.tpot_s
+    rejected = np.isnan(first)
+    deadline = arrival + slo.ttft_s + allowance
+    counted = ~rejected & (arrival >= scenario.warmup_s) & (deadline <= scenario.horizon_s)
+    late_first = ~(first <= arrival + slo.ttft_s)
+    late_finish = (output > 1) & ~(finish <= first + allowance)
+    return counted, counted & late_first, counted & (late_first | late_finish)
+
+
+def measure(cluster: Cluster, scenario: Scenario) -> Outcome:
+    """Outcome of a cluster that has been run to the scenario's horizon.
+
+    A counted request that never finished enters the quantiles with the time it has waited so far: a lower bound.
+    """
+    world = cluster.world[0]
+    counted, ttft_late, late = online_violations(cluster, scenario)
+    arrival = cluster.online_arrival_s[counted]
+    first = np.minimum(cluster.online_first_s[counted], world["now_s"])
+    finish = np.minimum(cluster.online_finish_s[counted], world["now_s"])
+    gaps = cluster.online_output[counted] - 1
+    tpot = (finish - first)[gaps > 0] / gaps[gaps > 0]
+    span_s = scenario.episode_s
+    useful_s = (
+        world["offline_finished_prompt_tokens"] * scenario.ideal_prompt_token_s
+        + world["offline_finished_output_tokens"] * scenario.ideal_output_token_s
+    )
+    requests, violations = int(counted.sum()), int(late.sum())
+    return Outcome(
+        online_requests=requests,
+        violations=violations,
+        violation_rate=violations / max(requests, 1),
+        ttft_violations=int(ttft_late.sum()),
+        rejected_online=int(world["rejected_online"]),
+        rejected_offline=int(world["rejected_offline"]),
+        ttft_p50_s=_quantile(first - arrival, 0.5),
+        ttft_p99_s=_quantile(first - arrival, 0.99),
+        tpot_p50_s=_quantile(tpot, 0.5),
+        tpot_p99_s=_quantile(tpot, 0.99),
+        tbt_p99_s=tbt_quantile_s(cluster.tbt, 0.99),
+        offline_output_tokens_per_s=float(world["offline_finished_output_tokens"]) / span_s,
+        offline_prompt_tokens_per_s=float(world["offline_finished_prompt_tokens"]) / span_s,
+        offline_requests_per_s=float(world["offline_finished"]) / span_s,
+        offline_ideal_s_per_instance_s=float(useful_s) / (span_s * scenario.instances),
+        wasted_fraction=float((world["interrupted_s"] + world["recompute_s"]) / max(world["busy_s"], 1e-9)),
+        preemptions=int(world["preemptions"]),
+        evictions=int(world["evictions"]),
+        migrations=int(world["migrations"]),
+        iterations=int(world["iterations"]),
+        events=int(world["events"]),
+    )
