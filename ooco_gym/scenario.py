@@ -135,7 +135,9 @@ class Scenario:
 
     def __post_init__(self) -> None:
         if not (self.episode_s > 0 and self.warmup_s >= 0):
-            raise OocoError(f"episode_s is {self.episode_s!r} and warmup_s {self.warmup_s!r}, accepted are > 0 and >= 0")
+            raise OocoError(
+                f"episode_s is {self.episode_s!r} and warmup_s {self.warmup_s!r}, accepted are > 0 and >= 0"
+            )
         if self.kv_blocks < 1:
             need = self.model.weight_bytes / self.cluster.tensor_parallel / 1e9
             have = self.hardware.hbm_bytes * self.cluster.memory_utilization / 1e9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import PULL_KV, TPOT_BOUND
 from ooco_gym.cluster.queues import first_finish_step, schedule
@@ -28,17 +28,17 @@ PULL_STEP_RATIO = 0.9 / 0.98
 PULL_TARGET_RATIO = 1.0 / 0.98
 
 
-@inline
+@kernel
 def batch_size(state):
     return state.selected_online + state.selected_offline
 
 
-@inline
+@kernel
 def batch_context(state):
     return state.context_online + state.context_offline
 
 
-@njit
+@kernel
 def _last_selected(c, instance):
     """The end of the selected prefix of online decodes followed by offline decodes."""
     state = c.instances[instance]
@@ -49,7 +49,7 @@ def _last_selected(c, instance):
     return slot
 
 
-@njit
+@kernel
 def _next_unselected(c, instance, after):
     if after == NONE:
         slot = lists.first(c, instance, ONLINE_DECODES)
@@ -60,7 +60,7 @@ def _next_unselected(c, instance, after):
     return slot
 
 
-@njit
+@kernel
 def _checkpoint(c, instance, tail, stride):
     """Size and context of the selected prefix at the last size that was checked: a multiple of ``stride``."""
     state = c.instances[instance]
@@ -76,7 +76,7 @@ def _checkpoint(c, instance, tail, stride):
     return size - size % stride, context, slot
 
 
-@njit
+@kernel
 def _select_new_online(c, instance):
     """Online sequences that arrived while offline ones were selected belong before them: take them in."""
     slot = lists.last(c, instance, ONLINE_DECODES)
@@ -88,7 +88,7 @@ def _select_new_online(c, instance):
         slot = c.slots[slot].next
 
 
-@njit
+@kernel
 def mix_selection(c, instance):
     """Mix decoding selection: the longest prefix, online before offline and first come first served, that stays
     within the bound, re-estimated at every ``stride``-th sequence (the one that fails is left out).
@@ -125,7 +125,7 @@ def mix_selection(c, instance):
         following = _next_unselected(c, instance, tail)
 
 
-@njit
+@kernel
 def _iterations_within_mix_bound(c, instance):
     """Iterations after which mix selection would first shorten the batch; conservative by one."""
     bound_s = mix_bound_s(c, c.knobs[TPOT_BOUND])
@@ -138,12 +138,12 @@ def _iterations_within_mix_bound(c, instance):
     return max(1.0, math.floor(((bound_s - c0) / c1 - context) / size) - 1.0)
 
 
-@inline
+@kernel
 def pull_step_limit_s(c):
     return PULL_STEP_RATIO * c.knobs[TPOT_BOUND] * c.world[0].tpot_slo_s
 
 
-@njit
+@kernel
 def _first_pull_boundary(c, instance):
     """Iteration after which this strict instance should next ask for offline work; infinite if it will not."""
     state = c.instances[instance]
@@ -159,7 +159,7 @@ def _first_pull_boundary(c, instance):
     return float(k) if duration_s(state, k) < pull_step_limit_s(c) else math.inf
 
 
-@njit
+@kernel
 def start_run(c, instance, was_decoding):
     """Begin, or carry on, the run of the selected batch and plan its end. The batch is not empty."""
     world = c.world[0]
@@ -187,7 +187,7 @@ def start_run(c, instance, was_decoding):
     schedule(c, instance, boundary_s(state, state.run_end))
 
 
-@njit
+@kernel
 def _count_first_gaps(c, instance):
     """A sequence new to the batch has a gap of its own: from its last token, wherever that was, to the end of the
     first iteration here."""
@@ -211,7 +211,7 @@ def _count_first_gaps(c, instance):
         slot = record.prev
 
 
-@njit
+@kernel
 def stop_decoding(c, instance):
     """Close the books of the last run when something other than the same batch follows."""
     state = c.instances[instance]

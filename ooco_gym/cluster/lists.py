@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from ooco_gym._jit import inline
+from ooco_gym._jit import kernel
 from ooco_gym.cluster.state import NONE
 
 HEAD, TAIL, LENGTH = 0, 1, 2
 
 
-@inline
+@kernel
 def first(c, row, which):
     return c.lists[row, which, HEAD]
 
 
-@inline
+@kernel
 def last(c, row, which):
     return c.lists[row, which, TAIL]
 
 
-@inline
+@kernel
 def length(c, row, which):
     return c.lists[row, which, LENGTH]
 
 
-@inline
+@kernel
 def push_back(c, row, which, slot):
     ends = c.lists[row, which]
     tail = ends[TAIL]
@@ -37,7 +37,7 @@ def push_back(c, row, which, slot):
     ends[LENGTH] += 1
 
 
-@inline
+@kernel
 def push_front(c, row, which, slot):
     ends = c.lists[row, which]
     head = ends[HEAD]
@@ -51,7 +51,7 @@ def push_front(c, row, which, slot):
     ends[LENGTH] += 1
 
 
-@inline
+@kernel
 def remove(c, row, which, slot):
     ends = c.lists[row, which]
     before = c.slots[slot].prev
@@ -67,7 +67,7 @@ def remove(c, row, which, slot):
     ends[LENGTH] -= 1
 
 
-@inline
+@kernel
 def pop_front(c, row, which):
     slot = c.lists[row, which, HEAD]
     remove(c, row, which, slot)

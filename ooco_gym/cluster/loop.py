@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ooco_gym._jit import njit
+from ooco_gym._jit import entry_point, kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import KNOB_COUNT, PREEMPT_SLACK
 from ooco_gym.cluster.lists import pop_front
@@ -23,7 +23,7 @@ from ooco_gym.cluster.transfer import transfer_end
 REACHED, NEEDS_SLOTS = 0, 1
 
 
-@njit
+@kernel
 def _maybe_preempt(c, instance):
     """On-demand preemption, judged at an online arrival on the instance it was routed to."""
     world = c.world[0]
@@ -35,7 +35,7 @@ def _maybe_preempt(c, instance):
         interrupt_at_layer(c, instance)
 
 
-@njit
+@kernel
 def _online_arrival(c):
     world = c.world[0]
     request = world.next_online
@@ -62,19 +62,17 @@ def _online_arrival(c):
     schedule(c, 2 * world.instances, following)
 
 
-@njit
+@kernel
 def _offline_arrival(c):
     world = c.world[0]
     world.offline_arrived += 1
     arrived = world.offline_arrived
-    schedule(
-        c, 2 * world.instances + 1, c.offline_arrival_s[arrived] if arrived < world.offline_jobs else math.inf
-    )
+    schedule(c, 2 * world.instances + 1, c.offline_arrival_s[arrived] if arrived < world.offline_jobs else math.inf)
     for instance in range(world.relaxed):
         wake(c, instance)
 
 
-@njit
+@entry_point
 def run(c, until_s):
     """Process every event up to and including ``until_s`` and account all running iterations up to it.
 
@@ -110,7 +108,7 @@ def run(c, until_s):
     return REACHED
 
 
-@njit
+@kernel
 def _judge_deadlines(c):
     """Book every violation that became certain by now at the second in which it did.
 
@@ -136,7 +134,7 @@ def _judge_deadlines(c):
             world.violations += 1
 
 
-@njit
+@entry_point
 def set_knobs(c, knobs):
     """Apply a knob vector from the next decision on; an instance in a run decides at its next boundary."""
     same = True
@@ -150,7 +148,7 @@ def set_knobs(c, knobs):
         wake(c, instance)
 
 
-@njit
+@entry_point
 def prepare(c):
     """Give a freshly filled cluster its first events."""
     world = c.world[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym._jit import njit
+from ooco_gym._jit import entry_point
 from ooco_gym.cluster.control import KNOB_NAMES, knobs_to_action
 from ooco_gym.cluster.telemetry import FIELD_NAMES, Telemetry
 
@@ -84,7 +84,7 @@ def observation_bounds() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float3
     return low.astype(np.float32), high.astype(np.float32)
 
 
-@njit
+@entry_point
 def _map_entries(values, field, per, scale, high, out):
     for index in range(field.shape[0]):
         value = scale[index] * values[field[index]]

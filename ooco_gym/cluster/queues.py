@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster.state import NONE
-
 
 # Next event: a tournament over fixed sources. Instance i is source i, its link source I + i, then online arrivals,
 # then offline arrivals. The lower source wins a tie, which is exactly the specified order of equal times.
 
 
-@njit
+@kernel
 def schedule(c, source, time_s):
     """Set the time of one source's next event and replay its matches."""
     c.times[source] = time_s
@@ -26,7 +25,7 @@ def schedule(c, source, time_s):
         node //= 2
 
 
-@inline
+@kernel
 def next_source(c):
     return c.winners[1]
 
@@ -34,19 +33,19 @@ def next_source(c):
 # Completions of one instance: a binary heap of slots keyed by the decode step at which each emits its last token.
 
 
-@inline
+@kernel
 def _finish_step(c, slot):
     record = c.slots[slot]
     return record.prompt + record.output - record.context
 
 
-@inline
+@kernel
 def _before(c, a, b):
     step_a, step_b = _finish_step(c, a), _finish_step(c, b)
     return step_a < step_b or (step_a == step_b and c.slots[a].order < c.slots[b].order)
 
 
-@njit
+@kernel
 def _sift(c, instance, at):
     heap = c.heaps[instance]
     size = c.instances[instance].heap_size
@@ -73,7 +72,7 @@ def _sift(c, instance, at):
     c.slots[slot].heap_at = at
 
 
-@njit
+@kernel
 def completion_push(c, instance, slot):
     at = c.instances[instance].heap_size
     c.instances[instance].heap_size = at + 1
@@ -81,7 +80,7 @@ def completion_push(c, instance, slot):
     _sift(c, instance, at)
 
 
-@njit
+@kernel
 def completion_remove(c, instance, slot):
     at = c.slots[slot].heap_at
     size = c.instances[instance].heap_size - 1
@@ -94,7 +93,7 @@ def completion_remove(c, instance, slot):
     c.slots[slot].heap_at = NONE
 
 
-@inline
+@kernel
 def first_finish_step(c, instance):
     return _finish_step(c, c.heaps[instance, 0])
 
@@ -102,7 +101,7 @@ def first_finish_step(c, instance):
 # TPOT deadlines: a binary heap of (time, request); entries of requests that finished stay until their time comes.
 
 
-@njit
+@kernel
 def timer_push(c, time_s, request):
     world = c.world[0]
     at = world.timer_count
@@ -118,7 +117,7 @@ def timer_push(c, time_s, request):
     c.timer_request[at] = request
 
 
-@njit
+@kernel
 def timer_pop(c):
     """Remove the earliest entry; the caller has read it at index 0."""
     world = c.world[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import GATE_BATCH, KV_RESERVE
 from ooco_gym.cluster.decode import batch_size, start_run, stop_decoding
@@ -45,7 +45,7 @@ from ooco_gym.roofline.cost import causal_pairs, iteration_s, layers_s
 # The offline backlog: requeued work first, then the job list.
 
 
-@inline
+@kernel
 def fits_anywhere(c, prompt, output):
     """Whether a request can ever be served: its whole KV must fit the smaller of the two pools' instances."""
     world = c.world[0]
@@ -53,7 +53,7 @@ def fits_anywhere(c, prompt, output):
     return blocks <= c.instances[0].kv_blocks and blocks <= c.instances[world.instances - 1].kv_blocks
 
 
-@njit
+@kernel
 def _offline_job_waits(c):
     """Whether the job list offers a request now; jobs that no instance could hold are counted and passed over."""
     world = c.world[0]
@@ -72,12 +72,12 @@ def _offline_job_waits(c):
     return False
 
 
-@inline
+@kernel
 def _offline_waits(c):
     return lists.length(c, c.world[0].instances, REQUEUED) > 0 or _offline_job_waits(c)
 
 
-@njit
+@kernel
 def _peek_offline(c):
     """(context tokens, since when on offer) of the request at the head of the backlog."""
     world = c.world[0]
@@ -89,7 +89,7 @@ def _peek_offline(c):
     return int(c.offline_prompt[row]), since_s
 
 
-@njit
+@kernel
 def _take_offline(c):
     """Remove the head of the backlog into a slot."""
     world = c.world[0]
@@ -109,7 +109,7 @@ def _take_offline(c):
     return slot
 
 
-@njit
+@kernel
 def fresh_slot(c, slot):
     """Set what every new request starts with."""
     record = c.slots[slot]
@@ -129,19 +129,19 @@ def fresh_slot(c, slot):
 # Forming a prefill batch.
 
 
-@inline
+@kernel
 def _residents_offline(c, instance):
     return lists.length(c, instance, OFFLINE_DECODES) + c.instances[instance].held_offline
 
 
-@njit
+@kernel
 def _gate_open(c, instance, members):
     state = c.instances[instance]
     wanted = c.knobs[GATE_BATCH] * state.saturation_batch
     return _residents_offline(c, instance) + members < wanted
 
 
-@njit
+@kernel
 def _take_kv(c, instance, slot):
     """Reserve prompt (or recomputed context) + 1 tokens."""
     record = c.slots[slot]
@@ -150,13 +150,13 @@ def _take_kv(c, instance, slot):
     take_blocks(c, instance, slot, record.blocks)
 
 
-@inline
+@kernel
 def _batch_has_place(c, members, tokens, more):
     world = c.world[0]
     return members == 0 or (members < world.max_seqs and tokens + more <= world.max_batch_tokens)
 
 
-@njit
+@kernel
 def _batch_online(c, instance):
     """First come, first served, up to the batch limits and the KV that offline work can be made to give up."""
     tokens = 0
@@ -176,7 +176,7 @@ def _batch_online(c, instance):
     return members
 
 
-@njit
+@kernel
 def _offline_fits(c, instance, context):
     """Offline prefill leaves the reserved share of the KV free."""
     state = c.instances[instance]
@@ -184,7 +184,7 @@ def _offline_fits(c, instance, context):
     return state.used_blocks + blocks_for(c, context + 1) <= limit
 
 
-@njit
+@kernel
 def _batch_offline(c, instance):
     tokens = 0
     members = 0
@@ -200,7 +200,7 @@ def _batch_offline(c, instance):
     return members
 
 
-@njit
+@kernel
 def _batch_fcfs(c, instance):
     """Both classes in one queue by arrival, as a plain prefill instance would serve them."""
     tokens = 0
@@ -231,7 +231,7 @@ def _batch_fcfs(c, instance):
     return members
 
 
-@njit
+@kernel
 def _start_prefill(c, instance, activity):
     """Time the batch from its aggregates and let it run; it is one iteration."""
     world = c.world[0]
@@ -267,7 +267,7 @@ def _start_prefill(c, instance, activity):
     schedule(c, instance, state.end_s)
 
 
-@njit
+@kernel
 def interrupt_at_layer(c, instance):
     """Stop a running offline prefill at the end of the layer it is in; no effect in the last layer."""
     state = c.instances[instance]
@@ -285,7 +285,7 @@ def interrupt_at_layer(c, instance):
 # What happens at the end of an iteration.
 
 
-@njit
+@kernel
 def _lose_batch(c, instance):
     """An interrupted batch: every request loses its KV and returns, in order, to the head of the backlog."""
     world = c.world[0]
@@ -299,7 +299,7 @@ def _lose_batch(c, instance):
         requeue(c, slot)
 
 
-@njit
+@kernel
 def _prefilled_online(c, instance, slot):
     world = c.world[0]
     record = c.slots[slot]
@@ -316,7 +316,7 @@ def _prefilled_online(c, instance, slot):
         hand_over(c, slot)
 
 
-@njit
+@kernel
 def _prefilled_offline(c, instance, slot):
     world = c.world[0]
     record = c.slots[slot]
@@ -335,7 +335,7 @@ def _prefilled_offline(c, instance, slot):
         join(c, instance, slot)
 
 
-@njit
+@kernel
 def _complete_prefill(c, instance):
     world = c.world[0]
     state = c.instances[instance]
@@ -359,7 +359,7 @@ def _complete_prefill(c, instance):
         state.pending_s = 0.0  # drop the rounding left by the sums
 
 
-@njit
+@kernel
 def _select_all(c, instance):
     """A relaxed instance decodes every offline request it holds."""
     slot = lists.last(c, instance, OFFLINE_DECODES)
@@ -368,7 +368,7 @@ def _select_all(c, instance):
         slot = c.slots[slot].prev
 
 
-@njit
+@kernel
 def relaxed_decision(c, instance):
     """The end of an iteration, or a wake-up, of a relaxed instance."""
     world = c.world[0]

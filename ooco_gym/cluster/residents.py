@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.lists import push_back, push_front, remove
 from ooco_gym.cluster.queues import (
@@ -36,13 +36,13 @@ from ooco_gym.cluster.state import (
 from ooco_gym.roofline.cost import prefill_s
 
 
-@inline
+@kernel
 def free_blocks(c, instance):
     state = c.instances[instance]
     return state.kv_blocks - state.used_blocks
 
 
-@inline
+@kernel
 def take_blocks(c, instance, slot, blocks):
     state = c.instances[instance]
     state.used_blocks += blocks
@@ -50,7 +50,7 @@ def take_blocks(c, instance, slot, blocks):
         state.online_blocks += blocks
 
 
-@njit
+@kernel
 def ring_second(c, time_s):
     """The history record of the second that contains ``time_s``, emptied when it still holds an older one."""
     second = int(time_s)
@@ -66,7 +66,7 @@ def ring_second(c, time_s):
     return record
 
 
-@inline
+@kernel
 def wake(c, instance):
     """Give an instance a decision: at once when idle, at its next boundary when decoding."""
     activity = c.instances[instance].activity
@@ -77,12 +77,12 @@ def wake(c, instance):
         cut(c, instance, now_s)
 
 
-@inline
+@kernel
 def decode_list(c, slot):
     return OFFLINE_DECODES if c.slots[slot].online == NONE else ONLINE_DECODES
 
 
-@njit
+@kernel
 def context_now(c, slot):
     """Prompt and generated tokens of a resident, brought up to the accounted step."""
     record = c.slots[slot]
@@ -91,7 +91,7 @@ def context_now(c, slot):
     return record.context
 
 
-@njit
+@kernel
 def select(c, instance, slot):
     """Put a resident into the decode batch."""
     state = c.instances[instance]
@@ -110,7 +110,7 @@ def select(c, instance, slot):
     state.changed = 1
 
 
-@njit
+@kernel
 def unselect(c, instance, slot):
     """Take a resident out of the decode batch (at a boundary); its KV stays."""
     state = c.instances[instance]
@@ -131,7 +131,7 @@ def unselect(c, instance, slot):
     state.changed = 1
 
 
-@njit
+@kernel
 def join(c, instance, slot):
     """Make a request resident; it takes part from the next decision on."""
     world = c.world[0]
@@ -144,7 +144,7 @@ def join(c, instance, slot):
     c.instances[instance].changed = 1
 
 
-@njit
+@kernel
 def leave(c, instance, slot):
     """Take a resident off the instance's lists; its blocks stay taken until the caller frees them."""
     if c.slots[slot].selected == 1:
@@ -153,7 +153,7 @@ def leave(c, instance, slot):
     c.instances[instance].changed = 1
 
 
-@njit
+@kernel
 def release(c, instance, slot):
     """Free the KV that a slot holds on an instance."""
     blocks = c.slots[slot].blocks
@@ -161,13 +161,13 @@ def release(c, instance, slot):
     c.slots[slot].blocks = 0
 
 
-@njit
+@kernel
 def free_slot(c, slot):
     c.slots[slot].phase = UNUSED
     push_back(c, c.world[0].instances, FREE, slot)
 
 
-@njit
+@kernel
 def finish(c, slot):
     """Book the last token of a request, whose KV has been released."""
     world = c.world[0]
@@ -188,7 +188,7 @@ def finish(c, slot):
     free_slot(c, slot)
 
 
-@njit
+@kernel
 def first_token(c, slot):
     """Book the first token of an online request and start its TPOT deadline."""
     world = c.world[0]
@@ -202,7 +202,7 @@ def first_token(c, slot):
         timer_push(c, world.now_s + (record.output - 1) * world.tpot_slo_s, request)
 
 
-@njit
+@kernel
 def complete_finished(c, instance):
     """Release and book every sequence whose last token came with the iteration that just ended."""
     state = c.instances[instance]
@@ -214,7 +214,7 @@ def complete_finished(c, instance):
         finish(c, slot)
 
 
-@njit
+@kernel
 def cancel_pull(c, slot):
     record = c.slots[slot]
     if record.leaving == 1:
@@ -222,7 +222,7 @@ def cancel_pull(c, slot):
         c.instances[record.target].pulled_slot = NONE
 
 
-@njit
+@kernel
 def enqueue_online(c, slot, at_head):
     """Route an online request to a relaxed instance and wake it; returns the instance."""
     world = c.world[0]
@@ -246,7 +246,7 @@ def enqueue_online(c, slot, at_head):
     return best
 
 
-@njit
+@kernel
 def requeue(c, slot):
     """Send a request that lost its KV back to the head of its queue, to be recomputed."""
     if c.slots[slot].online == NONE:
@@ -258,7 +258,7 @@ def requeue(c, slot):
         enqueue_online(c, slot, True)
 
 
-@njit
+@kernel
 def evict(c, instance, slot):
     """Free a resident's KV; the request will be recomputed."""
     cancel_pull(c, slot)
@@ -268,7 +268,7 @@ def evict(c, instance, slot):
     requeue(c, slot)
 
 
-@njit
+@kernel
 def _evict_held(c, instance):
     """Free the newest offline request that was prefilled here and waits for room elsewhere; False if none."""
     best = NONE
@@ -291,7 +291,7 @@ def _evict_held(c, instance):
     return True
 
 
-@njit
+@kernel
 def make_room_for_online(c, instance, blocks):
     """Evict offline work, newest first, until ``blocks`` are free; says whether they are."""
     while free_blocks(c, instance) < blocks:
@@ -305,7 +305,7 @@ def make_room_for_online(c, instance, blocks):
     return True
 
 
-@njit
+@kernel
 def grow(c, instance):
     """Give every sequence of the last iteration the block of its next token; evict where they do not fit."""
     state = c.instances[instance]
@@ -323,7 +323,6 @@ def grow(c, instance):
     state.grown = 1
 
 
-@inline
+@kernel
 def waiting_inbound(c, instance):
     return lists.length(c, instance, INBOUND_ONLINE) + lists.length(c, instance, INBOUND_OFFLINE)
-

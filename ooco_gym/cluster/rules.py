@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import RULES
 from ooco_gym.cluster.state import NONE, OFFLINE_DECODES, ONLINE_DECODES
@@ -27,7 +27,7 @@ PULL_NONE = RULES["migration"].index("none")
 EVICT_NEWEST = RULES["eviction"].index("newest")
 
 
-@inline
+@kernel
 def routing_score(c, instance, slot):
     """Which relaxed instance prefills an online request: least predicted seconds of pending online prefill."""
     world = c.world[0]
@@ -36,7 +36,7 @@ def routing_score(c, instance, slot):
     return c.instances[instance].pending_s
 
 
-@inline
+@kernel
 def placement_score(c, instance, slot):
     """Which strict instance decodes a request handed over after prefill: least KV taken, by online work or by all."""
     state = c.instances[instance]
@@ -45,7 +45,7 @@ def placement_score(c, instance, slot):
     return state.online_blocks / state.kv_blocks
 
 
-@inline
+@kernel
 def migration_score(c, preferred_tokens, context):
     """Which offline decode a strict instance pulls: the one whose context is closest to the preferred length."""
     if c.world[0].rule_migration == PULL_LONGEST:
@@ -53,13 +53,13 @@ def migration_score(c, preferred_tokens, context):
     return abs(context - preferred_tokens)
 
 
-@inline
+@kernel
 def evicts_for_online(c):
     """Whether offline work gives way when online work finds no KV room."""
     return c.world[0].rule_eviction != EVICT_NEWEST
 
 
-@njit
+@kernel
 def victim(c, instance):
     """Whose KV goes when a decode batch outgrows its instance: the newest offline, then the newest online request."""
     offline = lists.last(c, instance, OFFLINE_DECODES)
@@ -71,7 +71,7 @@ def victim(c, instance):
     return offline if c.slots[offline].order > c.slots[online].order else online
 
 
-@inline
+@kernel
 def mix_bound_s(c, tpot_bound):
     """Longest strict iteration that mix selection may plan; infinite where every resident decodes."""
     if c.world[0].rule_mix_selection == MIX_ALL:
@@ -79,7 +79,7 @@ def mix_bound_s(c, tpot_bound):
     return tpot_bound * c.world[0].tpot_slo_s
 
 
-@inline
+@kernel
 def mix_stride(c):
     """Every how many sequences mix selection re-estimates the iteration time."""
     return 1 if c.world[0].rule_mix_selection == MIX_EXACT else 3

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster.queues import schedule
 from ooco_gym.cluster.state import DECODING, TBT_BINS, TBT_FIRST_S, TBT_RATIO
 
@@ -25,7 +25,7 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-@inline
+@kernel
 def _hash(value):
     """SplitMix64 finaliser (Steele, Lea, Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
@@ -33,7 +33,7 @@ def _hash(value):
     return value ^ (value >> np.uint64(31))
 
 
-@njit
+@kernel
 def batch_noise(c, instance):
     """Multiplicative error of the next batch on this instance: lognormal with mean 1, keyed, so never path dependent.
 
@@ -53,20 +53,20 @@ def batch_noise(c, instance):
     return math.exp(sigma * normal - 0.5 * sigma * sigma)
 
 
-@inline
+@kernel
 def boundary_s(state, k):
     """End of iteration k after the anchor."""
     first_s = state.c0_s + state.c1_s * state.anchor_context
     return state.anchor_s + (k * first_s + state.c1_s * state.anchor_batch * (0.5 * k * (k - 1.0)))
 
 
-@inline
+@kernel
 def duration_s(state, k):
     """Duration of iteration k (1, 2, ...) after the anchor."""
     return state.c0_s + state.c1_s * (state.anchor_context + (k - 1.0) * state.anchor_batch)
 
 
-@njit
+@kernel
 def boundary_after(state, time_s):
     """Smallest k whose boundary lies strictly after ``time_s``: the root of the closed form, then made exact."""
     slope = 0.5 * state.c1_s * state.anchor_batch
@@ -83,20 +83,20 @@ def boundary_after(state, time_s):
     return k
 
 
-@inline
+@kernel
 def blocks_for(c, tokens):
     block = c.world[0].block_tokens
     return (tokens + block - 1) // block
 
 
-@inline
+@kernel
 def growth_at(c, instance, step, offline):
     """Blocks that the selected sequences of one class need to go from ``step`` to ``step + 1``."""
     block = c.world[0].block_tokens
     return c.block_phase[instance, offline, (-step) % block]
 
 
-@njit
+@kernel
 def growth(c, instance, first_step, count, offline):
     """Blocks needed by one class over ``count`` steps from ``first_step``: whole cycles, then the remainder."""
     block = c.world[0].block_tokens
@@ -108,7 +108,7 @@ def growth(c, instance, first_step, count, offline):
     return blocks
 
 
-@njit
+@kernel
 def growth_steps_that_fit(c, instance):
     """How many more steps of growth the free blocks allow, counted from the current step."""
     block = c.world[0].block_tokens
@@ -126,14 +126,14 @@ def growth_steps_that_fit(c, instance):
     return steps
 
 
-@inline
+@kernel
 def tbt_bin(gap_s):
     if gap_s <= TBT_FIRST_S:
         return 0
     return min(int(math.log(gap_s / TBT_FIRST_S) / _LOG_RATIO), TBT_BINS - 1)
 
 
-@njit
+@kernel
 def _count_gaps(c, instance, first, last):
     """Add the gaps of online tokens of iterations first..last after the anchor to the TBT histogram."""
     state = c.instances[instance]
@@ -153,7 +153,7 @@ def _count_gaps(c, instance, first, last):
         first = low + 1
 
 
-@njit
+@kernel
 def advance(c, instance, k):
     """Account iterations up to k after the anchor. Safe to call at any time and in any number of pieces."""
     state = c.instances[instance]
@@ -178,7 +178,7 @@ def advance(c, instance, k):
     world.credited_output_tokens += count * state.selected_offline
 
 
-@njit
+@kernel
 def advance_to_time(c, instance, time_s):
     """Account every iteration that has ended by ``time_s``."""
     state = c.instances[instance]
@@ -186,7 +186,7 @@ def advance_to_time(c, instance, time_s):
         advance(c, instance, min(boundary_after(state, time_s) - 1, state.run_end))
 
 
-@njit
+@kernel
 def cut(c, instance, time_s):
     """Make the next iteration boundary after ``time_s`` a decision; a no-op when one is due by then."""
     state = c.instances[instance]

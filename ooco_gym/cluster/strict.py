@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ooco_gym._jit import njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import PULL_KV, PULL_LENGTH, TPOT_BOUND
 from ooco_gym.cluster.decode import (
@@ -25,7 +25,7 @@ from ooco_gym.cluster.transfer import admit_inbound
 from ooco_gym.roofline.cost import decode_affine
 
 
-@njit
+@kernel
 def preferred_length(c, instance, free_tokens, left):
     """L*: the longest context such that ``left`` more sequences of it exhaust either the TPOT slack or the free KV.
 
@@ -38,7 +38,7 @@ def preferred_length(c, instance, free_tokens, left):
     return min(by_time, float(free_tokens // left))
 
 
-@njit
+@kernel
 def pull(c, instance):
     """Ask one relaxed instance, in turn, for the offline decode closest to the preferred length."""
     world = c.world[0]
@@ -75,7 +75,7 @@ def pull(c, instance):
     wake(c, source)
 
 
-@njit
+@kernel
 def strict_decision(c, instance):
     """The end of an iteration, or a wake-up, of a strict instance."""
     world = c.world[0]

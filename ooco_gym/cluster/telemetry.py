@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym._jit import njit
+from ooco_gym._jit import entry_point, kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import KNOB_NAMES
 from ooco_gym.cluster.state import (
@@ -104,12 +104,12 @@ class Telemetry:
         return cls(values)
 
 
-@njit
+@kernel
 def _decode_or_zero_s(cost, batch, context):
     return decode_s(cost, float(batch), float(context)) if batch > 0 else 0.0
 
 
-@njit
+@kernel
 def _fill_relaxed(c, out):
     world = c.world[0]
     pending = 0.0
@@ -136,7 +136,7 @@ def _fill_relaxed(c, out):
     out.relaxed_kv_offline = (used - online) / blocks
 
 
-@njit
+@kernel
 def _fill_strict(c, out):
     world = c.world[0]
     strict = world.instances - world.relaxed
@@ -168,7 +168,7 @@ def _fill_strict(c, out):
     out.strict_kv_offline = (used - online) / blocks
 
 
-@njit
+@kernel
 def _fill_history(c, out):
     """Sums over the last whole and the running second; windows that reach before time 0 are shortened."""
     now = int(math.ceil(c.world[0].now_s)) - 1
@@ -205,7 +205,7 @@ def _fill_history(c, out):
     out.violation_rate_300s = violations_300 / max(arrivals_300, 1)
 
 
-@njit
+@kernel
 def _fill_backlog(c, out):
     world = c.world[0]
     waiting = lists.length(c, world.instances, REQUEUED)
@@ -217,7 +217,7 @@ def _fill_backlog(c, out):
     out.offline_prompt_mean_tokens = world.offline_prompt_sum / max(world.offline_taken, 1)
 
 
-@njit
+@entry_point
 def fill(c, out):
     """Fill a TELEMETRY record, whose deployment constants the caller has set, from the cluster as of its clock."""
     out.time_s = c.world[0].now_s

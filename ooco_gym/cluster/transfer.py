@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.lists import pop_front, push_back
 from ooco_gym.cluster.queues import schedule
@@ -28,7 +28,7 @@ from ooco_gym.cluster.run import advance_to_time, blocks_for
 from ooco_gym.cluster.state import HELD, INBOUND_OFFLINE, INBOUND_ONLINE, LINK, NONE, TRANSFER
 
 
-@inline
+@kernel
 def _service_s(c, slot):
     """Seconds on the wire: the KV of every token but the newest, whose KV the next iteration computes."""
     world = c.world[0]
@@ -36,7 +36,7 @@ def _service_s(c, slot):
     return world.link_latency_s + kv_bytes / world.link_bytes_per_s
 
 
-@njit
+@kernel
 def start_transfer(c, slot, target):
     """Reserve room at ``target`` and queue the KV on the source's link. The caller has checked the room."""
     world = c.world[0]
@@ -52,13 +52,13 @@ def start_transfer(c, slot, target):
         schedule(c, world.instances + source, world.now_s + _service_s(c, slot))
 
 
-@njit
+@kernel
 def has_room(c, target, slot):
     advance_to_time(c, target, c.world[0].now_s)
     return free_blocks(c, target) >= blocks_for(c, c.slots[slot].context)
 
 
-@njit
+@kernel
 def hand_over(c, slot):
     """After prefill: choose a strict instance and start the transfer, or wait for room at the source."""
     world = c.world[0]
@@ -84,7 +84,7 @@ def hand_over(c, slot):
     wake(c, target)
 
 
-@njit
+@kernel
 def admit_inbound(c, target):
     """At a decision of ``target``: start the hand-overs that wait for room, online before offline."""
     while lists.length(c, target, INBOUND_ONLINE) > 0:
@@ -107,7 +107,7 @@ def admit_inbound(c, target):
         start_transfer(c, slot, target)
 
 
-@njit
+@kernel
 def start_granted_pulls(c, source):
     """At a boundary of ``source``: send off the decodes that strict instances pulled."""
     world = c.world[0]
@@ -128,7 +128,7 @@ def start_granted_pulls(c, source):
             cancel_pull(c, slot)
 
 
-@njit
+@kernel
 def transfer_end(c, source):
     """The head of a link has arrived: free the source, make it resident at its target, start the next."""
     world = c.world[0]

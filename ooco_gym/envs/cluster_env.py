@@ -99,8 +99,9 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         simulator, scenario = self.simulator, self.scenario
         if simulator is None:
             raise gym.error.ResetNeeded("step() needs a reset() first")
-        world = simulator.cluster.world
-        before = world[0].copy()
+        if simulator.now_s >= scenario.horizon_s:
+            raise gym.error.ResetNeeded("the episode is over, reset() starts the next one")
+        before = simulator.cluster.world[0].copy()
         simulator.set_knobs(action_to_knobs(np.nan_to_num(action)))
         until_s = min(simulator.now_s + self.control_interval_s, scenario.horizon_s)
         if scenario.horizon_s - until_s < 1e-6 * self.control_interval_s:

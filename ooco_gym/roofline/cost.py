@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ooco_gym._jit import inline, njit
+from ooco_gym._jit import entry_point, kernel
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline.hardware import HardwareSpec
 from ooco_gym.roofline.model import ModelSpec
@@ -154,35 +154,35 @@ def _fill_xllm(record: Any, model: ModelSpec, hardware: HardwareSpec, tp: int) -
     record["token_s"] = 2.0 * ACTIVATION_BYTES * model.hidden * (tp - 1) / tp / c.allreduce_bytes_per_s
 
 
-@inline
+@kernel
 def _operator_s(hard_max, compute_s, memory_s):
     if hard_max > 0.5:
         return max(compute_s, memory_s)
     return math.sqrt(compute_s * compute_s + memory_s * memory_s)
 
 
-@inline
+@kernel
 def _gemm_s(cost, index, rows):
     compute = cost.gemm_row_compute_s[index] * rows
     memory = cost.gemm_weight_s[index] + cost.gemm_row_memory_s[index] * rows
     return _operator_s(cost.hard_max, compute, memory) + cost.gemm_fixed_s[index]
 
 
-@inline
+@kernel
 def _linear_layer_s(cost, tokens):
     """One layer without attention's data-dependent part."""
     gemms = _gemm_s(cost, 0, tokens) + _gemm_s(cost, 1, tokens) + _gemm_s(cost, 2, tokens) + _gemm_s(cost, 3, tokens)
     return gemms + cost.token_s * tokens + cost.layer_fixed_s
 
 
-@njit
+@entry_point
 def decode_affine(cost, decodes):
     """(c0, c1) in seconds so that a decode-only iteration of ``decodes`` sequences takes c0 + c1 * SumC."""
     c0 = cost.layers * (_linear_layer_s(cost, decodes) + cost.query_s * decodes) + _gemm_s(cost, 4, decodes)
     return c0 + cost.host_s, cost.layers * cost.kv_s
 
 
-@njit
+@entry_point
 def layers_s(cost, prefill_tokens, causal_pairs, full_pairs, prefill_kv, decodes, decode_context, decode_context_max):
     """Seconds in the transformer layers of one iteration: without LM head and host."""
     tokens = prefill_tokens + decodes
@@ -198,7 +198,7 @@ def layers_s(cost, prefill_tokens, causal_pairs, full_pairs, prefill_kv, decodes
     return cost.layers * (_linear_layer_s(cost, tokens) + attention)
 
 
-@njit
+@entry_point
 def iteration_s(
     cost,
     prefill_tokens,
@@ -217,20 +217,20 @@ def iteration_s(
     return inside + _gemm_s(cost, 4, prefills + decodes) + cost.host_s
 
 
-@njit
+@entry_point
 def causal_pairs(new_tokens, past_tokens):
     """A' of one prefill chunk: query rows padded to 128, each seeing the past and half of the chunk."""
     padded = 128.0 * math.ceil(new_tokens / 128.0)
     return padded * (past_tokens + 0.5 * (new_tokens + 1.0))
 
 
-@njit
+@entry_point
 def prefill_s(cost, tokens):
     """Seconds of an iteration that prefills one whole prompt of ``tokens``."""
     return iteration_s(cost, tokens, causal_pairs(tokens, 0.0), tokens * tokens, tokens, 1.0, 0.0, 0.0, 0.0)
 
 
-@njit
+@entry_point
 def decode_s(cost, decodes, context):
     """Seconds of a decode-only iteration of ``decodes`` sequences with ``context`` tokens in total."""
     c0, c1 = decode_affine(cost, decodes)

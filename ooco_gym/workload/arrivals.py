@@ -83,9 +83,7 @@ class MarkovArrivals:
     arrivals to a pace-maker's grid.
     """
 
-    def __init__(
-        self, rate_per_s: Any, transition_per_bin: Any, bin_s: float, ticks: Ticks | None = None
-    ) -> None:
+    def __init__(self, rate_per_s: Any, transition_per_bin: Any, bin_s: float, ticks: Ticks | None = None) -> None:
         self.chain = RegimeChain(transition_per_bin, bin_s)
         self.rate_per_s = _per_state(rate_per_s, self.chain, "rate_per_s")
         self.ticks = ticks
@@ -184,9 +182,7 @@ def _daily_profile(harmonics: Any, block_s: float) -> FloatArray:
 def _per_state(values: Sequence[float], chain: RegimeChain, what: str) -> FloatArray:
     array = np.array(values, dtype=np.float64)
     if array.shape != (chain.n_states,):
-        raise OocoError(
-            f"{what} has shape {array.shape}, it must be ({chain.n_states},), one value per state"
-        )
+        raise OocoError(f"{what} has shape {array.shape}, it must be ({chain.n_states},), one value per state")
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise OocoError(f"{what} must be numbers of at least 0")
     return array

@@ -69,24 +69,17 @@ class MixtureLengths:
         if abs(total - 1) > 1e-3:
             raise OocoError(f"weights of the length components sum to {total:g}, they must sum to 1")
         table = np.array(
-            [
-                [p.weight, p.mu_prompt, p.mu_output, p.sigma_prompt, p.sigma_output, p.rho]
-                for p in self.components
-            ]
+            [[p.weight, p.mu_prompt, p.mu_output, p.sigma_prompt, p.sigma_output, p.rho] for p in self.components]
         )
         self._cumulated = np.cumsum(table[:, 0] / total)
         self._cumulated[-1] = 1.0
         self._columns = table[:, 1:].T.copy()
         self.mean_prompt_tokens = sum(
-            p.weight
-            / total
-            * _clipped_lognormal_mean(p.mu_prompt, p.sigma_prompt, *self.support_prompt_tokens)
+            p.weight / total * _clipped_lognormal_mean(p.mu_prompt, p.sigma_prompt, *self.support_prompt_tokens)
             for p in self.components
         )
         self.mean_output_tokens = sum(
-            p.weight
-            / total
-            * _clipped_lognormal_mean(p.mu_output, p.sigma_output, *self.support_output_tokens)
+            p.weight / total * _clipped_lognormal_mean(p.mu_output, p.sigma_output, *self.support_output_tokens)
             for p in self.components
         )
 

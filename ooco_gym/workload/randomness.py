@@ -36,9 +36,7 @@ def generator(seed: Any, stream: Stream) -> np.random.Generator:
     """Generator of one stream of one seed; OocoError unless the seed is a whole number of at least zero."""
     if not is_number(seed) or seed != int(seed) or seed < 0:
         raise OocoError(f"seed is {seed!r}, it must be a whole number of at least 0")
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence(int(seed), spawn_key=(_WORKLOAD, stream)))
-    )
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(int(seed), spawn_key=(_WORKLOAD, stream))))
 
 
 def normal_pair(u1: FloatArray, u2: FloatArray) -> tuple[FloatArray, FloatArray]:

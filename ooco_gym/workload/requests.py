@@ -77,9 +77,7 @@ def token_array(values: object, name: str, size: int | None = None) -> IntArray:
     """``values`` as int32 (n,); OocoError naming ``name`` where they are not whole counts of at least 1."""
     given = np.asarray(values)
     if given.ndim != 1 or (size is not None and given.size != size):
-        raise OocoError(
-            f"{name} has shape {given.shape}, it must have shape ({'n' if size is None else size},)"
-        )
+        raise OocoError(f"{name} has shape {given.shape}, it must have shape ({'n' if size is None else size},)")
     if given.dtype != np.int32 and not (np.isfinite(given).all() and (given == np.rint(given)).all()):
         raise OocoError(f"{name} must be whole numbers")
     if given.size and not (given.min() >= 1 and given.max() <= MAX_TOKENS):

@@ -133,9 +133,7 @@ REAL = [
 
 
 @pytest.mark.parametrize(("name", "duration_s", "n", "rate", "iod_1s", "iod_10s", "tolerance"), REAL)
-def test_fitted_arrivals_are_as_bursty_as_the_real_ones(
-    name, duration_s, n, rate, iod_1s, iod_10s, tolerance
-):
+def test_fitted_arrivals_are_as_bursty_as_the_real_ones(name, duration_s, n, rate, iod_1s, iod_10s, tolerance):
     arrivals = fitted(name)
     samples = [arrivals.sample(rng(seed), duration_s) for seed in range(n)]
     counts = np.array([times_s.size for times_s in samples])
@@ -143,12 +141,8 @@ def test_fitted_arrivals_are_as_bursty_as_the_real_ones(
     error = 4 * counts.std() / n**0.5
     assert counts.mean() == pytest.approx(arrivals.mean_rate_per_s * duration_s, abs=error)
     assert error < 0.2 * counts.mean()
-    assert np.mean([iod(times_s, duration_s, 1) for times_s in samples]) == pytest.approx(
-        iod_1s, rel=tolerance
-    )
-    assert np.mean([iod(times_s, duration_s, 10) for times_s in samples]) == pytest.approx(
-        iod_10s, rel=tolerance
-    )
+    assert np.mean([iod(times_s, duration_s, 1) for times_s in samples]) == pytest.approx(iod_1s, rel=tolerance)
+    assert np.mean([iod(times_s, duration_s, 10) for times_s in samples]) == pytest.approx(iod_10s, rel=tolerance)
 
 
 @given(

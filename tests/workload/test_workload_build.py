@@ -106,9 +106,7 @@ def test_preset_numbers_are_the_fitted_ones():
             assert config["arrivals"]["bin_s"] == params["bin_s"]
             rates = params.get("rate_per_s", params.get("state_rate_multiplier"))
             assert rates in (config["arrivals"].get("rate_per_s"), config["arrivals"].get("state_multiplier"))
-            assert online_source(config).arrivals.chain.stationary == pytest.approx(
-                params["stationary"], abs=2e-4
-            )
+            assert online_source(config).arrivals.chain.stationary == pytest.approx(params["stationary"], abs=2e-4)
 
 
 def test_a_trace_of_ones_own(tmp_path, monkeypatch):
