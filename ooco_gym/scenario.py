@@ -142,8 +142,9 @@ class Scenario:
             need = self.model.weight_bytes / self.cluster.tensor_parallel / 1e9
             have = self.hardware.hbm_bytes * self.cluster.memory_utilization / 1e9
             raise OocoError(
-                f"model '{self.model.name}' does not fit '{self.hardware.name}': {need:.0f} GB of weights per device at "
-                f"tensor_parallel={self.cluster.tensor_parallel}, {have:.0f} GB usable; raise cluster.tensor_parallel"
+                f"model '{self.model.name}' does not fit '{self.hardware.name}': {need:.0f} GB of weights per device "
+                f"at tensor_parallel={self.cluster.tensor_parallel}, {have:.0f} GB usable; "
+                "raise cluster.tensor_parallel"
             )
 
     @property

@@ -61,6 +61,14 @@ def _next_unselected(c, instance, after):
 
 
 @kernel
+def _before_in_batch(c, instance, slot):
+    before = c.slots[slot].prev
+    if before == NONE and c.slots[slot].online == NONE:
+        before = lists.last(c, instance, ONLINE_DECODES)
+    return before
+
+
+@kernel
 def _checkpoint(c, instance, tail, stride):
     """Size and context of the selected prefix at the last size that was checked: a multiple of ``stride``."""
     state = c.instances[instance]
@@ -69,11 +77,8 @@ def _checkpoint(c, instance, tail, stride):
     slot = tail
     for _ in range(size % stride):
         context -= c.slots[slot].context + state.steps
-        before = c.slots[slot].prev
-        if before == NONE and c.slots[slot].online == NONE:
-            before = lists.last(c, instance, ONLINE_DECODES)
-        slot = before
-    return size - size % stride, context, slot
+        slot = _before_in_batch(c, instance, slot)
+    return size - size % stride, context
 
 
 @kernel
@@ -104,13 +109,11 @@ def mix_selection(c, instance):
         _select_new_online(c, instance)
     tail = _last_selected(c, instance)
     while tail != NONE:
-        size, context, end = _checkpoint(c, instance, tail, stride)
+        size, context = _checkpoint(c, instance, tail, stride)
         if size == 0 or decode_s(cost, float(size), float(context)) <= bound_s:
             break
         while batch_size(state) >= size:
-            before = c.slots[tail].prev
-            if before == NONE and c.slots[tail].online == NONE:
-                before = lists.last(c, instance, ONLINE_DECODES)
+            before = _before_in_batch(c, instance, tail)
             unselect(c, instance, tail)
             tail = before
     following = _next_unselected(c, instance, tail)
@@ -131,7 +134,7 @@ def _iterations_within_mix_bound(c, instance):
     bound_s = mix_bound_s(c, c.knobs[TPOT_BOUND])
     if bound_s == math.inf:
         return math.inf
-    size, context, _ = _checkpoint(c, instance, _last_selected(c, instance), mix_stride(c))
+    size, context = _checkpoint(c, instance, _last_selected(c, instance), mix_stride(c))
     if size == 0:
         return math.inf
     c0, c1 = decode_affine(c.scheduler_cost[instance], float(size))

@@ -143,7 +143,8 @@ def set_knobs(c, knobs):
             same = False
     if same:
         return
-    c.knobs[:] = knobs
+    for index in range(KNOB_COUNT):
+        c.knobs[index] = knobs[index]
     for instance in range(c.world[0].instances):
         wake(c, instance)
 

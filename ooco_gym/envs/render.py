@@ -23,7 +23,8 @@ def render_text(telemetry: Telemetry) -> str:
     relaxed_kv = t["relaxed_kv_online"] + t["relaxed_kv_offline"]
     strict_kv = t["strict_kv_online"] + t["strict_kv_offline"]
     lines = [
-        f"t = {t['time_s']:8.1f} s   arrivals {t['arrivals_60s']:5.1f} /s   violations {t['violation_rate_60s']:6.1%} (60 s)",
+        f"t = {t['time_s']:8.1f} s   arrivals {t['arrivals_60s']:5.1f} /s"
+        f"   violations {t['violation_rate_60s']:6.1%} (60 s)",
         f"relaxed x{t['relaxed_instances']:.0f}  KV      [{_bar(relaxed_kv)}] {relaxed_kv:5.0%}"
         f"  decodes {t['relaxed_decodes_mean']:.0f}",
         f"            queue   [{_bar(t['queued_prefill_max_s'] / t['ttft_slo_s'])}] "
