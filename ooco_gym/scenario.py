@@ -36,7 +36,7 @@ DEFAULT_PRESETS = {
     "model": "qwen2.5-7b",
     "hardware": "a100",
     "cluster": "2x2",
-    "slo": "chat",
+    "slo": "medium",
     "cost": "calibrated",
     "workload": "azure-conv",
     "offline": "sharegpt-8k",
@@ -242,11 +242,11 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
     data_dir = config.get("data_dir")
     model, hardware = config.get("model", DEFAULT_PRESETS["model"]), config.get("hardware", DEFAULT_PRESETS["hardware"])
     settings = {group: config.get(group, preset) for group, preset in DEFAULT_PRESETS.items()}
-    return Scenario(
+    scenario = Scenario(
         model=resolve_model(model),
         hardware=resolve_hardware(hardware),
         cluster=_spec(ClusterSpec, _group(config, "cluster"), "cluster"),
-        slo=_spec(SloSpec, _group(config, "slo"), "slo"),
+        slo=SloSpec(),
         cost=_spec(CostSpec, _group(config, "cost"), "cost"),
         online=online_source(_group(config, "workload"), data_dir),
         offline=offline_work(_group(config, "offline"), data_dir),
@@ -254,3 +254,26 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
         warmup_s=float(config.get("warmup_s", 60.0)),
         settings=settings,
     )
+    return replace(scenario, slo=_slo(_group(config, "slo"), scenario))
+
+
+def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
+    """Objectives in seconds, or in multiples of what the deployment needs for the mean request alone."""
+    forms = {
+        "ttft_s": ("ttft_prefills", scenario.mean_prefill_s),
+        "tpot_s": ("tpot_floors", scenario.decode_floor_s),
+    }
+    known = [*forms, *(multiple for multiple, _ in forms.values())]
+    unknown = sorted(set(values) - set(known) - {"description", "name"})
+    if unknown:
+        raise OocoError(f"slo: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
+    resolved = {}
+    for seconds, (multiple, unit_s) in forms.items():
+        given = [name for name in (seconds, multiple) if values.get(name) is not None]
+        if len(given) != 1:
+            raise OocoError(f"slo: exactly one of {seconds} and {multiple} is needed, got {len(given)}")
+        value = values[given[0]]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise OocoError(f"slo.{given[0]} is {value!r}, it must be a positive number")
+        resolved[seconds] = float(value) * (unit_s if given[0] == multiple else 1.0)
+    return SloSpec(**resolved)

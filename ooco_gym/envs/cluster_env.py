@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooco_gym.cluster import Simulator, action_to_knobs, observe
-from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES, check_rules
+from ooco_gym.cluster.control import KNOB_COUNT, check_rules
 from ooco_gym.cluster.observation import observation_bounds
 from ooco_gym.cluster.telemetry import Telemetry
 from ooco_gym.envs.render import render_panel, render_text
@@ -101,22 +101,21 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
             raise gym.error.ResetNeeded("step() needs a reset() first")
         if simulator.now_s >= scenario.horizon_s:
             raise gym.error.ResetNeeded("the episode is over, reset() starts the next one")
-        before = simulator.cluster.world[0].copy()
+        before = _counters(simulator)
         simulator.set_knobs(action_to_knobs(np.nan_to_num(action)))
         until_s = min(simulator.now_s + self.control_interval_s, scenario.horizon_s)
         if scenario.horizon_s - until_s < 1e-6 * self.control_interval_s:
             until_s = scenario.horizon_s
         simulator.run(until_s)
-        after = simulator.cluster.world[0]
-        interval_s = float(after["now_s"] - before["now_s"])
+        interval_s, prompt_tokens, output_tokens, violations = (
+            new - old for new, old in zip(_counters(simulator), before, strict=True)
+        )
         interval = Interval(
             interval_s=interval_s,
             instances=scenario.instances,
-            offline_ideal_s=float(
-                (after["credited_prompt_tokens"] - before["credited_prompt_tokens"]) * scenario.ideal_prompt_token_s
-                + (after["credited_output_tokens"] - before["credited_output_tokens"]) * scenario.ideal_output_token_s
-            ),
-            violations=int(after["violations"] - before["violations"]),
+            offline_ideal_s=prompt_tokens * scenario.ideal_prompt_token_s
+            + output_tokens * scenario.ideal_output_token_s,
+            violations=int(violations),
             mean_arrivals=scenario.online.mean_rate_per_s * interval_s,
         )
         truncated = until_s >= scenario.horizon_s
@@ -145,6 +144,12 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         return render_text(self._history[-1]) if self.render_mode == "ansi" else render_panel(self._history)
 
 
-def knob_summary(knobs: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Knob vector as a dictionary for logs."""
-    return dict(zip(KNOB_NAMES, knobs.tolist(), strict=True))
+def _counters(simulator: Simulator) -> tuple[float, float, float, float]:
+    """(time in seconds, credited offline prompt tokens, credited offline output tokens, certain violations)."""
+    world = simulator.cluster.world
+    return (
+        float(world["now_s"][0]),
+        float(world["credited_prompt_tokens"][0]),
+        float(world["credited_output_tokens"][0]),
+        float(world["violations"][0]),
+    )

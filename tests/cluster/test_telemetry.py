@@ -1,5 +1,6 @@
 """Telemetry: a small episode worked by hand, recounts of the cluster's own state, and the recorded form."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -30,7 +31,9 @@ class Given:
 
 
 def simulated(online, offline=None, **config):
-    scenario = build_scenario({"episode_s": 60, "warmup_s": 0, "cost": "ooco-xllm", "offline": "none", **config})
+    scenario = build_scenario(
+        {"episode_s": 60, "warmup_s": 0, "cost": "ooco-xllm", "offline": "none", **config}
+    )
     scenario = replace(scenario, online=Given(online))
     if offline is not None:
         scenario = replace(scenario, offline=Given(offline))
@@ -51,12 +54,20 @@ def test_three_requests_by_hand():
     assert t["output_mean_tokens"] == 5.0  # all have finished
     assert t["arriving_prefill_1s"] == pytest.approx(three)
     assert t["arriving_prefill_10s"] == t["arriving_prefill_60s"] == pytest.approx((one + two + three) / 2)
-    idle = ("queued_prefill_mean_s", "oldest_wait_s", "strict_kv_max", "strict_batch_s_max", "violation_rate_300s")
+    idle = (
+        "queued_prefill_mean_s",
+        "oldest_wait_s",
+        "strict_kv_max",
+        "strict_batch_s_max",
+        "violation_rate_300s",
+    )
     assert [t[name] for name in idle] == [0.0] * len(idle)
 
 
 def test_history_forgets_after_its_window():
-    simulator = simulated(Requests(np.array([0.5]), np.array([100]), np.array([4])), slo={"ttft_s": 1e-3, "tpot_s": 1})
+    simulator = simulated(
+        Requests(np.array([0.5]), np.array([100]), np.array([4])), slo={"ttft_s": 1e-3, "tpot_s": 1}
+    )
     rates = {}
     for second in (1, 60, 61, 300, 301):
         simulator.run(float(second))
@@ -89,7 +100,11 @@ def test_the_mean_offline_prompt_is_of_the_requests_taken():
     simulator = simulated(Requests(np.zeros(0), np.zeros(0), np.zeros(0)), jobs)
     simulator.run(20.0)
     t = simulator.telemetry()
-    assert (t["offline_backlog"], t["offline_prompt_mean_tokens"], t["offline_output_mean_tokens"]) == (0, 500, 50)
+    assert (t["offline_backlog"], t["offline_prompt_mean_tokens"], t["offline_output_mean_tokens"]) == (
+        0,
+        500,
+        50,
+    )
 
 
 def test_open_defect_rejected_jobs_do_not_dilute_the_mean_offline_prompt():
@@ -118,7 +133,9 @@ def test_open_defect_the_last_second_is_a_whole_second():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pool_fields_are_recounts_of_the_requests_in_flight(seed):
-    simulator = Simulator(build_scenario({"episode_s": 60, "warmup_s": 0}), {}, seed)
+    simulator = Simulator(
+        build_scenario({"episode_s": 60, "warmup_s": 0, "offline": "decode-heavy"}), {}, seed
+    )
     simulator.run(30.0)
     t, cluster, scenario = simulator.telemetry(), simulator.cluster, simulator.scenario
     residents = cluster.slots[cluster.slots["phase"] == RESIDENT]
@@ -160,6 +177,14 @@ def test_reading_changes_nothing():
         first, again = runs[0].telemetry(), runs[0].telemetry()
         assert first.values.tolist() == again.values.tolist()
     assert runs[0].outcome() == runs[1].outcome()
+
+
+def test_open_defect_time_does_not_run_backwards():
+    simulator = Simulator(build_scenario({"episode_s": 20, "warmup_s": 0}), {}, 1)
+    simulator.run(10.0)
+    with contextlib.suppress(OocoError):  # refusing is as good as doing nothing
+        simulator.run(4.0)
+    assert simulator.telemetry()["time_s"] == 10.0
 
 
 # The record.

@@ -73,6 +73,7 @@ class Case:
     tie_s: float = 0.0  # arrivals are rounded to this grid, which makes ties; 0: not rounded
     seed: int = 0
     horizon_s: float = 3.0
+    warmup_s: float = 0.0
     stops_s: tuple[float, ...] = ()  # where the two simulators are compared on the way
 
     def _lengths(self, stream: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +109,8 @@ class Case:
             cost=CostSpec(self.true_form, self.scheduler_form, noise_sigma=0.0, bias_sigma=0.0),
             online=Given(online),
             offline=Given(jobs),
-            episode_s=self.horizon_s,
-            warmup_s=0.0,
+            episode_s=self.horizon_s - self.warmup_s,
+            warmup_s=self.warmup_s,
         )
 
     def simulator(self) -> Simulator:
@@ -140,42 +141,42 @@ def knob_vectors() -> st.SearchStrategy[tuple[float, ...]]:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Cases small enough for plain Python and tight enough that every rule has something to do."""
+    pick = st.sampled_from
     relaxed, strict = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     block = draw(st.integers(1, 16))
-    prompt_max = draw(st.sampled_from([20, 100, 300]))
-    output_max = draw(st.sampled_from([1, 4, 30, 100]))
-    # room for about 1 to 8 of the longest requests; a smaller instance rejects some
-    full = (prompt_max + output_max) // block + 1
-    blocks = st.integers(max(full * 2 // 3, 2), full * 8)
-    kind = draw(st.sampled_from(["none", "poisson", "poisson", "jobs", "endless", "endless"]))
-    horizon_s = draw(st.sampled_from([1.0, 3.0, 6.0]))
+    prompt_max, output_max = draw(pick([20, 100, 300])), draw(pick([4, 30, 60, 100, 200]))
+    # room for about 1 to 6 of the longest requests of each pool; the smaller one rejects a few
+    longest = (prompt_max + output_max) // block + 1
+    blocks = st.integers(longest * 7, longest * 60).map(lambda tenths: max(tenths // 10, 2))
+    horizon_s = draw(pick([1.0, 3.0, 6.0]))
     times = st.floats(0.0, horizon_s) | st.integers(0, 60).map(lambda n: n / 20)
     return Case(
         relaxed=relaxed,
         strict=strict,
         kv_blocks=(draw(blocks), draw(blocks)),
         block_tokens=block,
-        max_batch_tokens=draw(st.sampled_from([32, 128, 512, 4096])),
-        max_seqs=draw(st.sampled_from([1, 2, 4, 32])),
-        saturation_batch=draw(st.sampled_from([1.0, 2.5, 4.0, 12.0])),
-        true_form=draw(st.sampled_from(FORMS)),
-        scheduler_form=draw(st.sampled_from(FORMS)),
-        ttft_s=draw(st.sampled_from([0.05, 0.3, 1.0])),
-        tpot_s=draw(st.sampled_from([0.01, 0.02, 0.04, 0.1])),
-        link_latency_s=draw(st.sampled_from([0.0, 0.002, 0.05])),
-        link_bytes_per_s=draw(st.sampled_from([1e7, 1e8, 1e10])),
-        pull_interval_s=draw(st.sampled_from([0.01, 0.1, 0.5])),
-        rules=tuple(draw(st.sampled_from(choices)) for choices in RULES.values()),
+        max_batch_tokens=draw(pick([32, 128, 512, 4096])),
+        max_seqs=draw(pick([1, 2, 4, 32])),
+        saturation_batch=draw(pick([1.0, 2.5, 4.0, 12.0])),
+        true_form=draw(pick(FORMS)),
+        scheduler_form=draw(pick(FORMS)),
+        ttft_s=draw(pick([0.05, 0.3, 1.0])),
+        tpot_s=draw(pick([0.01, 0.02, 0.04, 0.1])),
+        link_latency_s=draw(pick([0.0, 0.002, 0.05])),
+        link_bytes_per_s=draw(pick([1e8, 1e9, 1e10])),
+        pull_interval_s=draw(pick([0.01, 0.1, 0.5])),
+        rules=tuple(draw(pick(choices)) for choices in RULES.values()),
         knobs=tuple(draw(st.lists(st.tuples(times, knob_vectors()), max_size=4))),
-        online=draw(st.integers(0, 60)),
-        online_per_s=draw(st.sampled_from([3.0, 10.0, 40.0])),
-        offline_kind=kind,
+        online=draw(st.integers(0, 100)),
+        online_per_s=draw(pick([3.0, 10.0, 40.0])),
+        offline_kind=draw(pick(["endless", "poisson", "jobs", "none"])),
         offline=draw(st.integers(1, 60)),
-        offline_per_s=draw(st.sampled_from([3.0, 10.0, 40.0])),
+        offline_per_s=draw(pick([3.0, 10.0, 40.0])),
         prompt_max=prompt_max,
         output_max=output_max,
-        tie_s=draw(st.sampled_from([0.0, 0.05, 0.5])),
+        tie_s=draw(pick([0.0, 0.05, 0.5])),
         seed=draw(st.integers(0, 2**16)),
         horizon_s=horizon_s,
+        warmup_s=draw(pick([0.0, 0.0, 0.5])),
         stops_s=tuple(draw(st.lists(times, max_size=3))),
     )

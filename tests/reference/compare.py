@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,7 +52,14 @@ def _running_s(record: np.void) -> float:
 
 def tbt_difference(simulator: Simulator, reference: Reference) -> int:
     """Gaps that lie in another bin, neighbours apart (a gap on the edge of a bin may fall to either side)."""
-    gaps = np.concatenate([np.diff(request.token_s) for request in reference.online] or [np.zeros(0)])
+    gaps = np.array(
+        [
+            later - earlier
+            for request in reference.online
+            for earlier, later in pairwise(request.token_s)
+            if reference.measure_from_s < later <= reference.measure_to_s
+        ]
+    )
     place = np.log(np.maximum(gaps, TBT_FIRST_S) / TBT_FIRST_S) / math.log(TBT_RATIO)
     low = np.bincount(np.clip(place - 1e-6, 0, TBT_BINS - 1).astype(int), minlength=TBT_BINS)
     high = np.bincount(np.clip(place + 1e-6, 0, TBT_BINS - 1).astype(int), minlength=TBT_BINS)

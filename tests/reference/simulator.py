@@ -28,7 +28,8 @@ class Reference:
             setattr(self, name, int(world[name]))
         for name in ("kv_bytes_per_token", "link_bytes_per_s", "link_latency_s", "ttft_slo_s", "tpot_slo_s"):
             setattr(self, name, float(world[name]))
-        self.pull_interval_s = float(world["pull_interval_s"])
+        for name in ("pull_interval_s", "measure_from_s", "measure_to_s"):
+            setattr(self, name, float(world[name]))
         self.true_cost, self.scheduler_cost = cluster.true_cost.copy(), cluster.scheduler_cost.copy()
         relaxed = int(world["relaxed"])
         self.instances = [
@@ -133,14 +134,17 @@ class Reference:
             self.count["online_finished"] += 1
         else:
             self.offline_finish.append((self.now, request))
-            self.count["offline_finished"] += 1
-            self.count["offline_finished_prompt_tokens"] += request.prompt
-            self.count["offline_finished_output_tokens"] += request.output
+            if self.measure_from_s < self.now <= self.measure_to_s:
+                self.count["offline_finished"] += 1
+                self.count["offline_finished_prompt_tokens"] += request.prompt
+                self.count["offline_finished_output_tokens"] += request.output
         return True
 
     def evict(self, request: Request, instance: Instance) -> None:
         """(31)"""
-        self.log("eviction", request, instance)
+        where = "strict" if instance.strict else "relaxed"
+        what = "held" if request in instance.held else "online" if request.online else "offline"
+        self.log(f"eviction of {what} ({where})", request, instance)
         self.count["evictions"] += 1
         del instance.kv[request]
         if request in instance.residents:
@@ -225,7 +229,10 @@ class Reference:
         members = sum(not request.online for request in instance.kv)
         if self.rules["prefill_order"] == "fcfs":  # (13)
             members += sum(request.online for request in batch)
-        return members < self.knobs[GATE_BATCH] * instance.saturation_batch
+        if members < self.knobs[GATE_BATCH] * instance.saturation_batch:
+            return True
+        self.log("gate closed", None, instance)
+        return False
 
     def offered(self) -> Request | None:
         return self.backlog.head() if self.rules["admission"] == "gate" else None
@@ -246,6 +253,7 @@ class Reference:
                     break
                 self.evict((instance.residents or held)[-1], instance)
             if need > instance.free:
+                self.log("no KV for online prefill", instance.waiting[0], instance)
                 break
             batch.append(instance.waiting.pop(0))
             instance.kv[batch[-1]] = need
@@ -257,6 +265,7 @@ class Reference:
         while (request := self.offered()) and self.gate_open(instance, batch) and self.has_place(batch, request):
             need = self.blocks(request.context + 1)
             if instance.used + need > (1 - self.knobs[KV_RESERVE]) * instance.kv_blocks:
+                self.log("no KV for offline prefill", request, instance)
                 break
             batch.append(self.take_offline())
             instance.kv[batch[-1]] = need
@@ -341,6 +350,7 @@ class Reference:
         if request.prompt + request.output > self.most_tokens:  # (4)
             request.rejected = True
             self.count["rejected_online"] += 1
+            self.events.append((self.now, "rejected", request, -1))
             return
         self.preempt(self.route(request, at_head=False))
 

@@ -1,6 +1,7 @@
 """The compiled cost function: OOCO's golden numbers, then an independent plain-Python roofline, then invariants."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ from ooco_gym.roofline import (
 QWEN_7B, QWEN_72B, LLAMA_8B = (resolve_model(name) for name in ("qwen2.5-7b", "qwen2.5-72b", "llama-3.1-8b"))
 ASCEND, A100, H100 = (resolve_hardware(name) for name in ("ascend-910b", "a100", "h100"))
 MODELS, DEVICES = (QWEN_7B, QWEN_72B, LLAMA_8B), (A100, H100, ASCEND)
+EIGHT_BIT = replace(QWEN_7B, name="qwen-8-bit-weights", bytes_per_param=1.0)
 HOST_S = 0.0015
 
 
@@ -79,7 +81,7 @@ def calibrated_plain(model, device, tp, chunks, contexts):
 
     def gemm(n, kk, rows):
         compute = 2 * rows * n * kk / (peak * k.gemm_flops)
-        memory = (2 * n * kk + 2 * rows * (n + kk)) / (bw * k.gemm_bytes)
+        memory = (model.bytes_per_param * n * kk + 2 * rows * (n + kk)) / (bw * k.gemm_bytes)
         return math.sqrt(compute**2 + memory**2) + k.gemm_us * 1e-6
 
     gemms = gemm((h + 2 * hk) * hd / tp, d, t) + gemm(d, h * hd / tp, t) + gemm(2 * f / tp, d, t)
@@ -113,7 +115,7 @@ def xllm_plain(model, device, tp, prompt, contexts):
     attention_flops = k.prefill_attention_flops if prompt else k.decode_attention_flops
 
     def gemm(inputs, outputs, rows):
-        data = 2 * (rows * inputs + inputs * outputs + rows * outputs)
+        data = 2 * rows * inputs + model.bytes_per_param * inputs * outputs + 2 * rows * outputs
         return max(2 * inputs * outputs * rows / (peak * k.gemm_flops), data / (bw * k.gemm_bytes))
 
     def attention(q, kv):
@@ -146,7 +148,9 @@ def aggregates(chunks, contexts):
 
 CHUNKS = st.lists(st.tuples(st.integers(1, 4096), st.integers(0, 8192)), max_size=4)
 CONTEXTS = st.lists(st.integers(1, 16384), max_size=40)
-SETUPS = st.tuples(st.sampled_from(MODELS), st.sampled_from(DEVICES), st.sampled_from([1, 2, 4]))
+SETUPS = st.tuples(
+    st.sampled_from([*MODELS, EIGHT_BIT]), st.sampled_from(DEVICES), st.sampled_from([1, 2, 4])
+)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -175,7 +179,9 @@ def test_calibrated_form_is_the_plain_roofline(setup, chunks, contexts):
 def test_xllm_form_is_the_plain_roofline(setup, prompt, contexts):
     model, device, tp = setup
     cost = build_cost(model, device, "ooco-xllm", tp, HOST_S)[0]
-    assert prefill_s(cost, float(prompt)) == pytest.approx(xllm_plain(model, device, tp, prompt, []), rel=1e-12)
+    assert prefill_s(cost, float(prompt)) == pytest.approx(
+        xllm_plain(model, device, tp, prompt, []), rel=1e-12
+    )
     decode = decode_s(cost, float(len(contexts)), float(sum(contexts)))
     assert decode == pytest.approx(xllm_plain(model, device, tp, 0, contexts), rel=1e-12)
 
@@ -247,7 +253,9 @@ def searched_saturation(model, device, form, tp):
     linears = [(model.hidden, model.qkv_width / tp), (attention, model.hidden)]
     linears += [(model.hidden, up), (model.intermediate / tp, model.hidden)]
     for batch in range(1, 4096):
-        weights = [(2 * i * o * batch, model.bytes_per_param * i * o + 2 * batch * (i + o)) for i, o in linears]
+        weights = [
+            (2 * i * o * batch, model.bytes_per_param * i * o + 2 * batch * (i + o)) for i, o in linears
+        ]
         if all(flops / data >= ratio for flops, data in weights):
             return batch
     return 4096
@@ -256,13 +264,15 @@ def searched_saturation(model, device, form, tp):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("device", DEVICES, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("model", MODELS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("model", [*MODELS, EIGHT_BIT], ids=lambda spec: spec.name)
 def test_saturation_batch_is_the_smallest_that_saturates(model, device, form, tp):
     assert saturation_batch(model, device, form, tp) == searched_saturation(model, device, form, tp)
 
 
 def test_layers_too_small_to_saturate_are_capped():
-    tiny = ModelSpec("tiny", hidden=128, layers=2, q_heads=2, kv_heads=2, head_dim=64, intermediate=256, vocab=512)
+    tiny = ModelSpec(
+        "tiny", hidden=128, layers=2, q_heads=2, kv_heads=2, head_dim=64, intermediate=256, vocab=512
+    )
     assert saturation_batch(tiny, A100) == 4096
 
 
@@ -276,5 +286,7 @@ def test_an_unknown_form_lists_the_known():
 
 @pytest.mark.parametrize("tp", [0, -1, 3, 8])
 def test_tensor_parallelism_that_does_not_divide_the_heads(tp):
-    with pytest.raises(OocoError, match=f"tensor_parallel is {tp}, it must divide the 28 heads of qwen2.5-7b"):
+    with pytest.raises(
+        OocoError, match=f"tensor_parallel is {tp}, it must divide the 28 heads of qwen2.5-7b"
+    ):
         build_cost(QWEN_7B, A100, tp=tp)

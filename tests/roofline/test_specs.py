@@ -53,7 +53,9 @@ def test_the_number_of_weights_is_the_published_one(name, params):
 
 def test_bytes_of_qwen_by_hand():
     model = resolve_model("qwen2.5-7b")
-    assert model.kv_bytes_per_token == 2 * 2 * 4 * 128 * 28 == 57344  # K and V, 16 bit, 4 heads of 128, 28 layers
+    assert (
+        model.kv_bytes_per_token == 2 * 2 * 4 * 128 * 28 == 57344
+    )  # K and V, 16 bit, 4 heads of 128, 28 layers
     assert model.weight_bytes == 2 * model.params
     assert model.qkv_width == 3584 + 2 * 512
 
@@ -72,7 +74,9 @@ def test_a_hugging_face_config_gives_the_preset(tmp_path, config, preset):
 
 
 def test_absent_keys_of_older_configs_take_their_usual_values(tmp_path):
-    older = {key: QWEN_7B[key] for key in QWEN_7B if key not in ("num_key_value_heads", "tie_word_embeddings")}
+    older = {
+        key: QWEN_7B[key] for key in QWEN_7B if key not in ("num_key_value_heads", "tie_word_embeddings")
+    }
     model = model_from_hf_config(config_file(tmp_path, older))
     assert (model.kv_heads, model.head_dim, model.tied_embeddings) == (28, 128, False)
 
@@ -80,7 +84,10 @@ def test_absent_keys_of_older_configs_take_their_usual_values(tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({k: v for k, v in QWEN_7B.items() if k != "num_hidden_layers"}, ["'num_hidden_layers' is None", "integer"]),
+        (
+            {k: v for k, v in QWEN_7B.items() if k != "num_hidden_layers"},
+            ["'num_hidden_layers' is None", "integer"],
+        ),
         (QWEN_7B | {"hidden_size": "3584"}, ["'hidden_size' is '3584'", "integer"]),
         (QWEN_7B | {"num_local_experts": 8}, ["'num_local_experts' is set", "dense"]),
         (QWEN_7B | {"kv_lora_rank": 512}, ["'kv_lora_rank' is set", "full attention"]),
@@ -143,7 +150,13 @@ def test_a_model_mapping_with_a_key_missing_names_it():
         resolve_model({key: value for key, value in MODEL.items() if key != "vocab"})
 
 
-CALIBRATED = {"gemm_flops": 0.7, "gemm_bytes": 0.8, "gemm_us": 5, "elementwise_bytes": 0.6, "elementwise_us": 15}
+CALIBRATED = {
+    "gemm_flops": 0.7,
+    "gemm_bytes": 0.8,
+    "gemm_us": 5,
+    "elementwise_bytes": 0.6,
+    "elementwise_us": 15,
+}
 CALIBRATED |= {"prefill_attention_flops": 0.5, "attention_bytes": 0.7, "attention_us": 15}
 HARDWARE = {"name": "d", "peak_flops_per_s": 1e14, "hbm_bytes_per_s": 1e12, "hbm_bytes": 8e10}
 HARDWARE |= {"link_bytes_per_s": 1e11, "calibrated": CALIBRATED}
