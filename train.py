@@ -9,25 +9,57 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import track
 
 import agents
 import baselines
+from agents.closing import close_run
 from agents.tracking import Tracker
 from agents.training import Training
-from ooco_gym.cluster import Simulator
-from ooco_gym.evaluation import Case, Comparison, admit, episode_seeds
 from ooco_gym.evaluation.command import (
     admit_scenario,
     compile_kernel,
     describe,
     guarded,
+    make_console,
     plain,
     save_config,
     scenario_of,
 )
-from ooco_gym.evaluation.figures import plot_comparison, plot_knobs, plot_learning
-from ooco_gym.evaluation.report import print_comparison, write_json
-from ooco_gym.policy import NetworkPolicy, Policy
-from ooco_gym.scenario import Scenario
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@guarded
+def main(config: DictConfig) -> None:
+    settings: dict[str, Any] = plain(config)
+    console = make_console()
+    train = agents.load(settings["agent"]["name"])
+    rivals = [baselines.load(name) for name in settings["evaluation"]["baselines"]]
+    scenario = scenario_of(settings)
+    describe(scenario, console)
+    compile_kernel(scenario, console)
+    admission = admit_scenario(scenario, settings, console)
+    role = "train" if scenario.online.role == "train" else "demo"
+    if role == "demo":
+        console.print(
+            f"[yellow]role=demo[/yellow]: {scenario.online.name} is {scenario.online.role} data; "
+            "training on it shows the machinery, it is not a result"
+        )
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    settings |= {"role": role, "admitted_rate_scale": admission.rate_scale}
+    save_config(settings, folder)
+    run = Training(
+        scenario=admission.scenario,
+        config=settings["agent"],
+        reward=instantiate(settings["reward"]),
+        control_interval_s=settings["control_interval_s"],
+        seed=settings["seed"],
+        folder=folder,
+        tracker=Tracker(**settings["logger"], folder=folder, name=folder.name, config=settings),
+        console=console,
+    )
+    policy = train(run)
+    close_run(run, policy, rivals, admission, role, settings["evaluation"]["episodes"])
+
+
+if __name__ == "__main__":
+    main()

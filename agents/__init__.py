@@ -10,7 +10,7 @@ from agents.training import Training
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import NetworkPolicy
 
-_NOT_AGENTS = ("training", "tracking")
+_NOT_AGENTS = ("training", "tracking", "closing")
 
 
 def known() -> list[str]:

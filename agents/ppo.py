@@ -156,8 +156,7 @@ def train(run: Training) -> NetworkPolicy:
     )
     with Progress(*columns, console=run.console) as progress:
         report = _Report(model, run, config, progress)
-        untrained = export(model, "ppo-untrained", {"steps": 0, "seed": run.seed})
-        run.validate(untrained, 0, config.validation_episodes)
+        report.validate()
         try:
             model.learn(config.total_steps, callback=report)
         except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,10 @@ class Training:
     interrupted: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def untrained_name(self) -> str:
+        return f"{self.config['name']}-untrained"
+
     def environment(self) -> ClusterEnv:
         return ClusterEnv(self.scenario, control_interval_s=self.control_interval_s, reward=self.reward)
 
@@ -64,15 +68,26 @@ class Training:
         seeds = episode_seeds("validation", self.seed, episodes)
         summary = summarise(run_episodes(policy, self.scenario, seeds, self.control_interval_s))
         self.tracker.log({f"validation/{name}": estimate.value for name, estimate in summary.items()}, step)
+        if step == 0:
+            save_policy(replace(policy, name=self.untrained_name), self.folder / "untrained")
         if self.best is None or _rank(summary) > _rank(self.best):
             self.best, self.best_step = summary, step
             save_policy(policy, self.folder / "policy")
         return summary
 
     def best_policy(self) -> NetworkPolicy:
-        policy = load_policy(self.folder / "policy")
-        assert isinstance(policy, NetworkPolicy)
-        return policy
+        """The best feasible policy validated so far, as saved."""
+        return _network(self.folder / "policy")
+
+    def untrained_policy(self) -> NetworkPolicy:
+        """The policy as it was validated at step 0."""
+        return _network(self.folder / "untrained")
+
+
+def _network(folder: Path) -> NetworkPolicy:
+    policy = load_policy(folder)
+    assert isinstance(policy, NetworkPolicy)
+    return policy
 
 
 def _rank(summary: dict[str, Estimate]) -> tuple[bool, float]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import zipfile
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def random_network(seed=0, widths=(OBSERVATION_SIZE, 16, 16, KNOB_COUNT)):
     rng = np.random.default_rng(seed)
     layers = [
         (rng.normal(size=(out, inputs)).astype(np.float32), rng.normal(size=out).astype(np.float32))
-        for inputs, out in zip(widths, widths[1:], strict=False)
+        for inputs, out in pairwise(widths)
     ]
     return NetworkPolicy("net", layers, {"routing": "round_robin"}, {"steps": 1000, "seed": seed})
 
@@ -53,7 +54,7 @@ def refused(folder, *named):
 
 
 def test_a_network_by_hand():
-    """One hidden unit tanh(observation[0]), read by the outputs with weights 1, -1, 0, 4, -4, 0 and one bias."""
+    """One hidden unit tanh(observation[0]), read with weights 1, -1, 0, 4, -4, 0 and one bias."""
     hidden = np.zeros((1, OBSERVATION_SIZE), np.float32)
     hidden[0, 0] = 1.0
     out = np.array([[1], [-1], [0], [4], [-4], [0]], np.float32)

@@ -10,7 +10,7 @@ from ooco_gym.scenario import DEFAULT_PRESETS
 
 def test_groups_and_names():
     assert {path.name for path in presets.conf_dir().iterdir() if path.is_dir()} >= set(DEFAULT_PRESETS)
-    assert presets.names("slo") == ["chat", "loose", "tight"]
+    assert presets.names("cluster") == ["1x3", "2x2", "3x1", "8x8"]
     assert presets.names("nothing") == []
 
 
@@ -31,7 +31,7 @@ def test_every_preset_is_a_mapping_that_is_named_like_its_file(group):
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(OocoError) as caught:
         presets.load("slo", "../cluster/2x2")
-    assert str(caught.value) == "unknown slo '../cluster/2x2': known are chat, loose, tight"
+    assert str(caught.value) == f"unknown slo '../cluster/2x2': known are {', '.join(presets.names('slo'))}"
     with pytest.raises(OocoError, match="unknown shape 'round': known are none"):
         presets.load("shape", "round")
 

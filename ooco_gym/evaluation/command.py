@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ SCENARIO_KEYS = (*DEFAULT_PRESETS, "episode_s", "warmup_s", "data_dir")
 def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Turn a user's mistake into one sentence on stderr and exit status 2."""
 
+    @functools.wraps(main)  # Hydra finds the config folder beside the wrapped function's file
     def run(config: DictConfig) -> None:
         try:
             main(config)
@@ -32,8 +34,12 @@ def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
-    run.__module__, run.__qualname__, run.__name__ = main.__module__, main.__qualname__, main.__name__
     return run
+
+
+def make_console() -> Console:
+    """A console wide enough for the comparison table also where output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=124)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

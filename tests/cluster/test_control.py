@@ -26,7 +26,7 @@ INSIDE = st.lists(st.floats(0, 1), min_size=KNOB_COUNT, max_size=KNOB_COUNT).map
 
 
 def test_the_map_by_hand():
-    """The middle of the action is the middle of a linear range and the geometric mean of a logarithmic one."""
+    """The middle action is the middle of a linear range and the geometric mean of a logarithmic one."""
     middle = action_to_knobs(np.zeros(KNOB_COUNT))
     assert middle == pytest.approx([0.75, np.sqrt(0.1 * 8), 0.75, 0.5, 1.0, 0.4])
     quarter = action_to_knobs(np.full(KNOB_COUNT, -0.45))
@@ -41,7 +41,7 @@ def test_oocos_setting_is_the_papers():
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_open_defect_oocos_action_is_oocos_knobs_to_the_last_bit(dtype):
-    """gate_batch comes out above 1, so that the gate ``count < gate_batch * B_sat`` admits B_sat + 1 requests."""
+    """gate_batch comes out above 1: the gate ``count < gate_batch * B_sat`` then admits B_sat + 1."""
     assert action_to_knobs(ooco_action().astype(dtype)).tolist() == ooco_knobs().tolist()
 
 

@@ -170,7 +170,7 @@ def test_an_episode_is_what_a_plain_loop_over_its_requests_says(rules, seed):
 
 
 def test_offline_rates_are_of_whole_requests_finished_after_warm_up():
-    """Jobs of one length: 700 prompt and 200 output tokens each; ``finished`` is read at both ends of the interval."""
+    """Jobs of one length, 700 prompt and 200 output tokens; the finished are read at both ends."""
     offline = {"kind": "endless", "lengths": {"model": "fixed", "prompt_tokens": 700, "output_tokens": 200}}
     scenario = build_scenario({"episode_s": 40, "warmup_s": 20, "offline": offline})
     simulator = Simulator(scenario, {}, 1)

@@ -83,7 +83,7 @@ def test_history_forgets_after_its_window():
 
 
 def test_a_burst_waits_behind_the_request_in_prefill():
-    """Three arrivals at 1 s on one instance: one is prefilled, two wait, whose prompts do not fit its batch."""
+    """Three arrivals at 1 s on one instance: one is prefilled, two wait that do not fit its batch."""
     arrivals = Requests(np.array([1.0, 1.0, 1.0]), np.array([8000, 8000, 8000]), np.array([2, 2, 2]))
     simulator = simulated(arrivals, cluster={"relaxed": 1, "strict": 1})
     simulator.run(1.125)
@@ -120,7 +120,7 @@ def test_open_defect_rejected_jobs_do_not_dilute_the_mean_offline_prompt():
 
 
 def test_open_defect_the_last_second_is_a_whole_second():
-    """Ten arrivals a second; a quarter into a second the window holds that quarter, divided by a whole second."""
+    """Ten arrivals a second; the window holds the running quarter of a second, divided by a whole one."""
     every = np.arange(0.05, 20, 0.1)
     simulator = simulated(Requests(every, np.full(every.size, 100), np.full(every.size, 2)))
     simulator.run(10.25)
@@ -158,7 +158,7 @@ def test_pool_fields_are_recounts_of_the_requests_in_flight(seed):
 
 
 def test_the_deployment_and_the_knobs_in_force_are_in_the_record():
-    simulator = Simulator(build_scenario({"cluster": "3x1", "slo": "tight"}))
+    simulator = Simulator(build_scenario({"cluster": "3x1", "slo": {"ttft_s": 0.35, "tpot_s": 0.03}}))
     simulator.set_knobs(knobs := ooco_knobs() * 0.5 + 0.25)
     t, scenario = simulator.telemetry(), simulator.scenario
     assert (t["relaxed_instances"], t["strict_instances"]) == (3, 1)

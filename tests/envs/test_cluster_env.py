@@ -1,4 +1,4 @@
-"""OOCO/Cluster-v0: the reward by hand, the two environment checkers, determinism, and the episode's bookkeeping."""
+"""OOCO/Cluster-v0: the reward by hand, two environment checkers, determinism, an episode's bookkeeping."""
 
 import subprocess
 import sys
@@ -93,7 +93,7 @@ def test_importing_the_package_registers_the_environment():
 
 
 def test_gym_make_imports_the_package_in_a_fresh_process():
-    program = "import gymnasium; env = gymnasium.make('ooco_gym:OOCO/Cluster-v0'); print(env.observation_space.shape[0])"
+    program = "import gymnasium; print(gymnasium.make('ooco_gym:OOCO/Cluster-v0').observation_space.shape[0])"
     command = [sys.executable, "-W", "error::UserWarning", "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "39"), done.stderr
@@ -193,7 +193,7 @@ def test_the_action_is_seen_as_the_previous_action():
 
 
 def test_scripted_ooco_is_the_ooco_baseline():
-    """The environment under ``ooco_action`` and the baseline run straight through the simulator: the same episode."""
+    """The environment under ``ooco_action`` and the baseline straight through the simulator: one episode."""
     policy, scenario = load("ooco"), build_scenario({"episode_s": 60, "warmup_s": 10})
     env = ClusterEnv(scenario, rules=policy.rules)
     env.reset(seed=11)

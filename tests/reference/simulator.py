@@ -152,8 +152,9 @@ class Reference:
         else:
             instance.held.remove(request)
             for target in self.strict:
-                for queue in (target.inbound_online, target.inbound_offline):
-                    queue[:] = [entry for entry in queue if entry[0] is not request]
+                if any(entry[0] is request for entry in target.inbound_offline):
+                    target.inbound_offline = [e for e in target.inbound_offline if e[0] is not request]
+                    self.wake([target])  # the next of the queue may fit
         if request.online:
             self.route(request, at_head=True)
         else:
@@ -500,7 +501,7 @@ class Reference:
         source.link_end_s = math.inf
         if source.link:
             size = (source.link[0][0].context - 1) * self.kv_bytes_per_token
-            source.link_end_s = self.now + self.link_latency_s + size / self.link_bytes_per_s
+            source.link_end_s = self.now + (self.link_latency_s + size / self.link_bytes_per_s)
 
     def transfer_end(self, source: Instance) -> None:
         request, target = source.link.pop(0)

@@ -1,4 +1,4 @@
-"""The compiled cost function: OOCO's golden numbers, then an independent plain-Python roofline, then invariants."""
+"""The compiled cost function: OOCO's golden numbers, an independent plain-Python roofline, invariants."""
 
 import math
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_prefills_of_the_open_implementation(golden, tokens, ms):
 
 
 def test_one_projection_by_hand():
-    """A100, T = 128: a 4096 x 4096 projection is 4.29 GFLOP (18.8 us) and 35.7 MB (21.9 us): 28.8 us + 5.5 us."""
+    """A100, T = 128, 4096 x 4096: 4.29 GFLOP are 18.8 us and 35.7 MB are 21.9 us, so 28.8 us + 5.5 us."""
     model = ModelSpec("square", 4096, 1, 32, 32, 128, 1, 4096)  # its LM head is that projection
     cost = build_cost(model, A100)[0]
     head = iteration_s(cost, *[0.0] * 5, 128.0, 0.0, 0.0) - layers_s(cost, *[0.0] * 4, 128.0, 0.0, 0.0)
@@ -69,7 +69,7 @@ def test_one_projection_by_hand():
 
 
 def calibrated_plain(model, device, tp, chunks, contexts):
-    """ROOFLINE.md, "Recommended form"; ``chunks`` are (new, past) tokens, ``contexts`` those of the decodes."""
+    """ROOFLINE.md, "Recommended form"; ``chunks`` are (new, past) tokens, ``contexts`` of the decodes."""
     k = device.calibrated
     peak, bw = device.peak_flops_per_s, device.hbm_bytes_per_s
     d, f, hd = model.hidden, model.intermediate, model.head_dim
@@ -214,7 +214,7 @@ def test_more_work_never_takes_less_time(setup, form, chunks, contexts, more):
 @settings(max_examples=50, deadline=None)
 @given(SETUPS, st.sampled_from(FORMS), CHUNKS, CONTEXTS)
 def test_an_iteration_is_layers_and_head_and_host(setup, form, chunks, contexts):
-    """The rest beside the layers is known from a batch without layers' work: it depends on the sequences alone."""
+    """What is not in the layers depends on the number of sequences alone: take it from a decode batch."""
     model, device, tp = setup
     batch = aggregates(chunks, contexts)
     with_host, bare = build_cost(model, device, form, tp, HOST_S)[0], build_cost(model, device, form, tp)[0]

@@ -1,0 +1,71 @@
+"""The end of every training run: a paired comparison on fresh seeds, its table, figures and results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.progress import Progress
+
+from agents.training import Training
+from ooco_gym.cluster import Simulator
+from ooco_gym.cluster.telemetry import Telemetry
+from ooco_gym.evaluation import Admission, Case, Comparison, episode_seeds
+from ooco_gym.evaluation.figures import plot_comparison, plot_knobs, plot_learning
+from ooco_gym.evaluation.report import print_comparison, write_json
+from ooco_gym.policy import NetworkPolicy, Policy
+
+
+def close_run(
+    run: Training, policy: NetworkPolicy, rivals: Sequence[Policy], admission: Admission, role: str, episodes: int
+) -> None:
+    """Evaluate the trained policy, its untrained self and the rivals on the same episodes, none of them seen before."""
+    scenario = admission.scenario
+    case = Case(scenario, scenario.online.name, 1.0, admission.rate_scale, role, admission.violation_rate)
+    comparison = Comparison(case, episode_seeds("evaluation", run.seed, episodes))
+    policies = [*rivals, run.untrained_policy(), policy]
+    with Progress(console=run.console, transient=True) as progress:
+        task = progress.add_task("evaluation on fresh seeds", total=len(policies) * episodes)
+        comparison.run(policies, run.control_interval_s, lambda: progress.advance(task))
+    rows = comparison.rows()
+    marks = f"{'  role=demo' if role == 'demo' else ''}{'  (training was interrupted)' if run.interrupted else ''}"
+    print_comparison(run.console, rows, f"{case.workload}, {episodes} fresh episodes of {scenario.episode_s:g} s{marks}")
+    differences = {}
+    for theirs in dict.fromkeys((run.untrained_name, "ooco")):
+        if theirs in comparison.outcomes:
+            difference = comparison.difference(policy.name, theirs)
+            differences[f"{policy.name} - {theirs}"] = [difference.value, difference.low, difference.high]
+            run.console.print(
+                f"{policy.name} - {theirs}: {100 * difference.value:+.1f} points of useful offline work "
+                f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}], paired"
+            )
+    figures = run.folder / "figures"
+    pictures = {
+        "comparison": plot_comparison(rows, figures / "comparison.png"),
+        "learning": plot_learning(run.history, figures / "learning.png"),
+        "knobs": plot_knobs(_trajectory(run, policy), figures / "knobs.png"),
+    }
+    results = {
+        "role": role,
+        "best_step": run.best_step,
+        "interrupted": run.interrupted,
+        "rows": rows,
+        "paired_differences_of_offline_ideal_s_per_instance_s": differences,
+        "history": run.history,
+    }
+    write_json(run.folder / "results.json", results)
+    ours = next(row for row in rows if row["policy"] == policy.name)
+    run.tracker.finish({f"evaluation/{key}": ours[key] for key in ours if not key.endswith("_ci95")}, pictures)
+    run.console.print(f"policy, results.json and figures: {run.folder}")
+
+
+def _trajectory(run: Training, policy: Policy) -> list[Telemetry]:
+    """Telemetry of one evaluation episode under the policy."""
+    scenario = run.scenario
+    simulator = Simulator(scenario, policy.rules, episode_seeds("evaluation", run.seed, 1)[0])
+    simulator.run(scenario.warmup_s)
+    records = []
+    while simulator.now_s + run.control_interval_s <= scenario.horizon_s:
+        simulator.set_knobs(policy.decide(simulator.telemetry()))
+        simulator.run(simulator.now_s + run.control_interval_s)
+        records.append(simulator.telemetry())
+    return records

@@ -1,0 +1,111 @@
+"""Compare baselines and saved policies over workloads and loads: ``python experiments/compare.py``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # baselines live in the checkout, not in the package
+
+import baselines
+from ooco_gym import presets
+from ooco_gym.errors import OocoError
+from ooco_gym.evaluation import Case, Comparison, episode_seeds
+from ooco_gym.evaluation.admission import ADMITTED_VIOLATION_RATE, online_violation_rate
+from ooco_gym.evaluation.command import (
+    admit_scenario,
+    compile_kernel,
+    describe,
+    guarded,
+    make_console,
+    plain,
+    save_config,
+    scenario_of,
+)
+from ooco_gym.evaluation.figures import plot_comparison
+from ooco_gym.evaluation.report import print_comparison, write_json
+from ooco_gym.policy import ConstantPolicy, Policy, load_policy
+
+
+def resolve_policy(entry: Any) -> Policy:
+    """A baseline's name, a saved policy's folder, or ``{baseline, name, knobs}``."""
+    if isinstance(entry, Mapping):
+        unknown = sorted(set(entry) - {"baseline", "name", "knobs"})
+        if unknown or "baseline" not in entry:
+            raise OocoError(f"policies: {dict(entry)} is not understood, accepted keys are baseline, name, knobs")
+        base = baselines.load(str(entry["baseline"]))
+        knobs = dict(getattr(base, "knobs", {})) | dict(entry.get("knobs", {}))
+        return ConstantPolicy(str(entry.get("name", f"{base.name}*")), base.rules, knobs)
+    if (Path(str(entry)) / "policy.json").is_file() or "/" in str(entry):
+        return load_policy(str(entry))
+    return baselines.load(str(entry))
+
+
+def resolve_policies(entries: list[Any]) -> list[Policy]:
+    policies = [resolve_policy(entry) for entry in entries]
+    names = [policy.name for policy in policies]
+    for name in names:
+        if names.count(name) > 1:
+            raise OocoError(f"policies: two are called '{name}', give one of them another name")
+    return policies
+
+
+def cases(settings: dict[str, Any], console: Console) -> list[Case]:
+    """Every workload at every load, the online rate of load 1 set by the admission rule."""
+    found = []
+    for workload in settings["workloads"]:
+        config = {**settings, "workload": presets.load("workload", str(workload))}
+        scenario = scenario_of(config)
+        compile_kernel(scenario, console)
+        describe(scenario, console)
+        admission = admit_scenario(scenario, config, console)
+        for load in settings["loads"]:
+            scale = admission.rate_scale * float(load)
+            scaled = scenario.with_rate_scale(scale)
+            alone = admission.violation_rate if load == 1 else online_violation_rate(scaled)
+            if alone > ADMITTED_VIOLATION_RATE:
+                console.print(f"[yellow]note[/yellow]: load {load:g} fails the admission rule ({alone:.1%} alone)")
+            found.append(Case(scaled, scenario.online.name, float(load), scale, scenario.online.role, alone))
+    return found
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="compare")
+@guarded
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    console = make_console()
+    policies = resolve_policies(settings["policies"])
+    if int(settings["seeds"]) < 1:
+        raise OocoError(f"seeds is {settings['seeds']}, it must be at least 1")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    save_config(settings, folder)
+    rows: list[dict[str, Any]] = []
+    try:
+        for case in cases(settings, console):
+            comparison = Comparison(case, episode_seeds("evaluation", settings["seed"], int(settings["seeds"])))
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task(
+                    f"{case.workload}, load {case.load:g}", total=len(policies) * len(comparison.seeds)
+                )
+                comparison.run(policies, settings["control_interval_s"], lambda: progress.advance(task))
+            rows += comparison.rows()
+            title = f"{case.workload} ({case.role}), load {case.load:g}: {len(comparison.seeds)} paired episodes"
+            print_comparison(console, comparison.rows(), title)
+    except KeyboardInterrupt:
+        console.print("interrupted: keeping the workloads and loads that were finished")
+    if rows:
+        write_json(folder / "results.json", {"rows": rows})
+        plot_comparison(rows, folder / "comparison.png")
+        console.print(f"results.json and comparison.png: {folder}")
+
+
+if __name__ == "__main__":
+    main()
