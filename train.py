@@ -20,6 +20,7 @@ from ooco_gym.evaluation.command import (
     compile_kernel,
     describe,
     guarded,
+    launch,
     make_console,
     plain,
     save_config,
@@ -62,4 +63,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -28,7 +28,9 @@ def close_run(
         comparison.run(policies, run.control_interval_s, lambda: progress.advance(task))
     rows = comparison.rows()
     marks = f"{'  role=demo' if role == 'demo' else ''}{'  (training was interrupted)' if run.interrupted else ''}"
-    print_comparison(run.console, rows, f"{case.workload}, {episodes} fresh episodes of {scenario.episode_s:g} s{marks}")
+    print_comparison(
+        run.console, rows, f"{case.workload}, {episodes} fresh episodes of {scenario.episode_s:g} s{marks}"
+    )
     differences = {}
     for theirs in dict.fromkeys((run.untrained_name, "ooco")):
         if theirs in comparison.outcomes:

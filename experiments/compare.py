@@ -25,6 +25,7 @@ from ooco_gym.evaluation.command import (
     compile_kernel,
     describe,
     guarded,
+    launch,
     make_console,
     plain,
     save_config,
@@ -108,4 +109,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -269,11 +269,9 @@ def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
         raise OocoError(f"slo: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
     resolved = {}
     for seconds, (multiple, unit_s) in forms.items():
-        given = [name for name in (seconds, multiple) if values.get(name) is not None]
-        if len(given) != 1:
-            raise OocoError(f"slo: exactly one of {seconds} and {multiple} is needed, got {len(given)}")
-        value = values[given[0]]
+        name = seconds if values.get(seconds) is not None else multiple  # seconds win where both are set
+        value = values.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise OocoError(f"slo.{given[0]} is {value!r}, it must be a positive number")
-        resolved[seconds] = float(value) * (unit_s if given[0] == multiple else 1.0)
+            raise OocoError(f"slo.{name} is {value!r}: {seconds} or {multiple} must be a positive number")
+        resolved[seconds] = float(value) * (unit_s if name == multiple else 1.0)
     return SloSpec(**resolved)

@@ -54,15 +54,15 @@ def refused(folder, *named):
 
 
 def test_a_network_by_hand():
-    """One hidden unit tanh(observation[0]), read with weights 1, -1, 0, 4, -4, 0 and one bias."""
+    """One hidden unit tanh(observation[0] + 0.25), read with weights 1, -1, 0, 4, -4, 0 and one bias."""
     hidden = np.zeros((1, OBSERVATION_SIZE), np.float32)
     hidden[0, 0] = 1.0
     out = np.array([[1], [-1], [0], [4], [-4], [0]], np.float32)
     bias = np.array([0, 0, 0.5, 0, 0, 0], np.float32)
-    policy = NetworkPolicy("hand", [(hidden, np.zeros(1, np.float32)), (out, bias)])
+    policy = NetworkPolicy("hand", [(hidden, np.array([0.25], np.float32)), (out, bias)])
     observation = np.zeros(OBSERVATION_SIZE, np.float32)
     observation[0] = 0.5
-    t = np.tanh(0.5)
+    t = np.tanh(0.75)
     assert policy.action(observation) == pytest.approx([t, -t, 0.5, 1.0, -1.0, 0.0], rel=1e-6)
 
 
@@ -231,9 +231,7 @@ def _other_zip(path):
         archive.writestr("weight_0.npy", b"not an array")
 
 
-@pytest.mark.parametrize(
-    "spoil", [_other_zip, lambda path: path.write_text("hello")], ids=["other-zip", "text"]
-)
+@pytest.mark.parametrize("spoil", [_other_zip, lambda path: path.write_text("hello")], ids=["other-zip", "text"])
 def test_weights_that_are_something_else(saved, spoil):
     spoil(saved[0] / "weights.npz")
     refused(saved[0], "not a saved policy")

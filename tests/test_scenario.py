@@ -139,9 +139,7 @@ def test_requests_longer_than_the_cache_are_counted_apart():
     outputs = np.full(6, 10, np.int32)
     prompts = np.array([100, capacity - 10, 100, capacity - 9, 100, capacity + 1])  # 10 output tokens each
     online = Requests(np.arange(6.0), prompts, outputs)
-    jobs = OfflineJobs(
-        False, np.zeros(4), np.array([200, capacity, 200, capacity - 10], np.int32), outputs[:4]
-    )
+    jobs = OfflineJobs(False, np.zeros(4), np.array([200, capacity, 200, capacity - 10], np.int32), outputs[:4])
     simulator = Simulator(replace(scenario, online=Given(online), offline=Given(jobs)))
     simulator.run(40.0)
     outcome, cluster = simulator.outcome(), simulator.cluster
@@ -156,12 +154,8 @@ def test_requests_longer_than_the_cache_are_counted_apart():
 
 
 def test_a_model_that_does_not_fit_says_how_much_is_missing():
-    refused(
-        {"model": "qwen2.5-72b"}, "'qwen2.5-72b' does not fit 'a100'", "145 GB", "72 GB", "tensor_parallel"
-    )
-    refused(
-        {"model": "qwen2.5-72b", "cluster": {"tensor_parallel": 2}}, "73 GB", "raise cluster.tensor_parallel"
-    )
+    refused({"model": "qwen2.5-72b"}, "'qwen2.5-72b' does not fit 'a100'", "145 GB", "72 GB", "tensor_parallel")
+    refused({"model": "qwen2.5-72b", "cluster": {"tensor_parallel": 2}}, "73 GB", "raise cluster.tensor_parallel")
     assert build_scenario({"model": "qwen2.5-72b", "cluster": {"tensor_parallel": 4}}).kv_blocks > 0
 
 

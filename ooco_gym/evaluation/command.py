@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.console import Console
 from ooco_gym.cluster import Simulator
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.admission import Admission, admit
+from ooco_gym.evaluation.report import WIDE
 from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
 
 SCENARIO_KEYS = (*DEFAULT_PRESETS, "episode_s", "warmup_s", "data_dir")
@@ -37,9 +40,25 @@ def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     return run
 
 
+def launch(main: Callable[[], None]) -> None:
+    """Run a Hydra command; a mistake in its command line is one sentence, too."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a dozen lines of its own and hide the reason
+    try:
+        main()
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        known = ", ".join(error.options or [])
+        print(f"error: unknown {group} '{name}': known are {known}", file=sys.stderr)
+        sys.exit(2)
+    except HydraException as error:
+        lines = [line for line in (*str(error).splitlines(), *str(error.__cause__ or "").splitlines()) if line.strip()]
+        print(f"error: {'; '.join(lines[:2])}; --help lists every setting", file=sys.stderr)
+        sys.exit(2)
+
+
 def make_console() -> Console:
     """A console wide enough for the comparison table also where output goes to a file."""
-    return Console() if sys.stdout.isatty() else Console(width=124)
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -7,46 +7,52 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
 
-#: (heading, metric, factor, digits)
+#: (heading, metric, factor, digits, shown on a narrow terminal)
 _COLUMNS = (
-    ("violations\n[%]", "violation_rate", 100.0, 2),
-    ("TTFT p99\n[ms]", "ttft_p99_s", 1e3, 0),
-    ("TPOT p99\n[ms]", "tpot_p99_s", 1e3, 1),
-    ("TBT p99\n[ms]", "tbt_p99_s", 1e3, 1),
-    ("offline\n[tokens/s]", "offline_output_tokens_per_s", 1.0, 0),
-    ("offline\n[requests/s]", "offline_requests_per_s", 1.0, 2),
-    ("useful\n[%]", "offline_ideal_s_per_instance_s", 100.0, 1),
-    ("wasted\n[%]", "wasted_fraction", 100.0, 1),
+    ("violations\n%", "violation_rate", 100.0, 2, True),
+    ("TTFT p99\nms", "ttft_p99_s", 1e3, 0, True),
+    ("TPOT p99\nms", "tpot_p99_s", 1e3, 1, True),
+    ("TBT p99\nms", "tbt_p99_s", 1e3, 1, False),
+    ("offline\ntokens/s", "offline_output_tokens_per_s", 1.0, 0, True),
+    ("offline\nrequests/s", "offline_requests_per_s", 1.0, 2, False),
+    ("useful\n%", "offline_ideal_s_per_instance_s", 100.0, 1, True),
+    ("wasted\n%", "wasted_fraction", 100.0, 1, False),
 )
+WIDE = 140  # characters that all columns need
+_NARROW = 96  # below this there is no room for intervals either
 
 
-def _cell(row: Row, metric: str, factor: float, digits: int, bold: bool) -> str:
-    value, (low, high) = row[metric] * factor, (bound * factor for bound in row[f"{metric}_ci95"])
-    text = f"{value:,.{digits}f}"
-    spread = f"{low:,.{digits}f}..{high:,.{digits}f}"
-    return f"[bold]{text}[/bold]\n[dim]{spread}[/dim]" if bold else f"{text}\n[dim]{spread}[/dim]"
+def _cell(row: Row, metric: str, factor: float, digits: int, interval: bool) -> str:
+    low, high = (bound * factor for bound in row[f"{metric}_ci95"])
+    value = f"{row[metric] * factor:,.{digits}f}"
+    value = f"[bold]{value}[/bold]" if row["feasible"] else value
+    if not interval:
+        return value
+    return f"{value}\n[dim]{low:,.{digits}f}..{high:,.{digits}f}[/dim]"
 
 
-def comparison_table(rows: Sequence[Row], title: str) -> Table:
-    """A rich table: estimates over 95 % intervals; infeasible policies are marked."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
+def comparison_table(rows: Sequence[Row], title: str, width: int = WIDE) -> Table:
+    """A rich table: estimates over 95 % intervals; policies within 3 % violations are bold and say yes."""
+    columns = [column for column in _COLUMNS if column[4] or width >= WIDE]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("policy", no_wrap=True)
-    for heading, *_ in _COLUMNS:
+    for heading, *_ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("<= 3 %")
+    table.add_column("within\n3 %")
     for row in rows:
-        cells = [_cell(row, metric, factor, digits, row["feasible"]) for _, metric, factor, digits in _COLUMNS]
+        cells = [_cell(row, metric, factor, digits, width >= _NARROW) for _, metric, factor, digits, _ in columns]
         table.add_row(row["policy"], *cells, "[green]yes[/green]" if row["feasible"] else "[red]no[/red]")
     return table
 
 
 def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:
-    console.print(comparison_table(rows, title))
+    console.print(comparison_table(rows, title, console.width))
     console.print(
         "[dim]95 % bootstrap intervals over paired episodes. useful: finished offline work in ideal seconds per "
         "instance-second; wasted: busy time lost to interruption and recomputation.[/dim]"

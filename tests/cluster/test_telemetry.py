@@ -31,9 +31,7 @@ class Given:
 
 
 def simulated(online, offline=None, **config):
-    scenario = build_scenario(
-        {"episode_s": 60, "warmup_s": 0, "cost": "ooco-xllm", "offline": "none", **config}
-    )
+    scenario = build_scenario({"episode_s": 60, "warmup_s": 0, "cost": "ooco-xllm", "offline": "none", **config})
     scenario = replace(scenario, online=Given(online))
     if offline is not None:
         scenario = replace(scenario, offline=Given(offline))
@@ -65,9 +63,7 @@ def test_three_requests_by_hand():
 
 
 def test_history_forgets_after_its_window():
-    simulator = simulated(
-        Requests(np.array([0.5]), np.array([100]), np.array([4])), slo={"ttft_s": 1e-3, "tpot_s": 1}
-    )
+    simulator = simulated(Requests(np.array([0.5]), np.array([100]), np.array([4])), slo={"ttft_s": 1e-3, "tpot_s": 1})
     rates = {}
     for second in (1, 60, 61, 300, 301):
         simulator.run(float(second))
@@ -133,9 +129,7 @@ def test_open_defect_the_last_second_is_a_whole_second():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pool_fields_are_recounts_of_the_requests_in_flight(seed):
-    simulator = Simulator(
-        build_scenario({"episode_s": 60, "warmup_s": 0, "offline": "decode-heavy"}), {}, seed
-    )
+    simulator = Simulator(build_scenario({"episode_s": 60, "warmup_s": 0, "offline": "decode-heavy"}), {}, seed)
     simulator.run(30.0)
     t, cluster, scenario = simulator.telemetry(), simulator.cluster, simulator.scenario
     residents = cluster.slots[cluster.slots["phase"] == RESIDENT]

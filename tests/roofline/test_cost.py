@@ -21,6 +21,7 @@ from ooco_gym.roofline import (
     resolve_model,
     saturation_batch,
 )
+from ooco_gym.roofline.cost import causal_pairs
 
 QWEN_7B, QWEN_72B, LLAMA_8B = (resolve_model(name) for name in ("qwen2.5-7b", "qwen2.5-72b", "llama-3.1-8b"))
 ASCEND, A100, H100 = (resolve_hardware(name) for name in ("ascend-910b", "a100", "h100"))
@@ -63,6 +64,13 @@ def test_one_projection_by_hand():
     cost = build_cost(model, A100)[0]
     head = iteration_s(cost, *[0.0] * 5, 128.0, 0.0, 0.0) - layers_s(cost, *[0.0] * 4, 128.0, 0.0, 0.0)
     assert head == pytest.approx(34.3e-6, rel=0.005)
+
+
+def test_query_and_key_pairs_by_hand():
+    """Rows are padded to 128; a row sees the past and on average half of its own chunk."""
+    assert causal_pairs(100.0, 0.0) == 128 * 50.5
+    assert causal_pairs(128.0, 1000.0) == 128 * 1064.5
+    assert causal_pairs(300.0, 1000.0) == 384 * 1150.5
 
 
 # The same two forms once more, written from ROOFLINE.md and OOCO.md, one operator and one request at a time.
@@ -148,9 +156,7 @@ def aggregates(chunks, contexts):
 
 CHUNKS = st.lists(st.tuples(st.integers(1, 4096), st.integers(0, 8192)), max_size=4)
 CONTEXTS = st.lists(st.integers(1, 16384), max_size=40)
-SETUPS = st.tuples(
-    st.sampled_from([*MODELS, EIGHT_BIT]), st.sampled_from(DEVICES), st.sampled_from([1, 2, 4])
-)
+SETUPS = st.tuples(st.sampled_from([*MODELS, EIGHT_BIT]), st.sampled_from(DEVICES), st.sampled_from([1, 2, 4]))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -172,6 +178,8 @@ def test_calibrated_form_is_the_plain_roofline(setup, chunks, contexts):
     cost = build_cost(model, device, "calibrated", tp, HOST_S)[0]
     plain = calibrated_plain(model, device, tp, chunks, contexts)
     assert iteration_s(cost, *aggregates(chunks, contexts)) == pytest.approx(plain, rel=1e-12)
+    alone = prefill_s(cost, float(len(contexts) + 1))
+    assert alone == pytest.approx(calibrated_plain(model, device, tp, [(len(contexts) + 1, 0)], []), rel=1e-12)
 
 
 @settings(max_examples=80, deadline=None)
@@ -179,9 +187,7 @@ def test_calibrated_form_is_the_plain_roofline(setup, chunks, contexts):
 def test_xllm_form_is_the_plain_roofline(setup, prompt, contexts):
     model, device, tp = setup
     cost = build_cost(model, device, "ooco-xllm", tp, HOST_S)[0]
-    assert prefill_s(cost, float(prompt)) == pytest.approx(
-        xllm_plain(model, device, tp, prompt, []), rel=1e-12
-    )
+    assert prefill_s(cost, float(prompt)) == pytest.approx(xllm_plain(model, device, tp, prompt, []), rel=1e-12)
     decode = decode_s(cost, float(len(contexts)), float(sum(contexts)))
     assert decode == pytest.approx(xllm_plain(model, device, tp, 0, contexts), rel=1e-12)
 
@@ -253,9 +259,7 @@ def searched_saturation(model, device, form, tp):
     linears = [(model.hidden, model.qkv_width / tp), (attention, model.hidden)]
     linears += [(model.hidden, up), (model.intermediate / tp, model.hidden)]
     for batch in range(1, 4096):
-        weights = [
-            (2 * i * o * batch, model.bytes_per_param * i * o + 2 * batch * (i + o)) for i, o in linears
-        ]
+        weights = [(2 * i * o * batch, model.bytes_per_param * i * o + 2 * batch * (i + o)) for i, o in linears]
         if all(flops / data >= ratio for flops, data in weights):
             return batch
     return 4096
@@ -270,9 +274,7 @@ def test_saturation_batch_is_the_smallest_that_saturates(model, device, form, tp
 
 
 def test_layers_too_small_to_saturate_are_capped():
-    tiny = ModelSpec(
-        "tiny", hidden=128, layers=2, q_heads=2, kv_heads=2, head_dim=64, intermediate=256, vocab=512
-    )
+    tiny = ModelSpec("tiny", hidden=128, layers=2, q_heads=2, kv_heads=2, head_dim=64, intermediate=256, vocab=512)
     assert saturation_batch(tiny, A100) == 4096
 
 
@@ -286,7 +288,5 @@ def test_an_unknown_form_lists_the_known():
 
 @pytest.mark.parametrize("tp", [0, -1, 3, 8])
 def test_tensor_parallelism_that_does_not_divide_the_heads(tp):
-    with pytest.raises(
-        OocoError, match=f"tensor_parallel is {tp}, it must divide the 28 heads of qwen2.5-7b"
-    ):
+    with pytest.raises(OocoError, match=f"tensor_parallel is {tp}, it must divide the 28 heads of qwen2.5-7b"):
         build_cost(QWEN_7B, A100, tp=tp)

@@ -53,9 +53,7 @@ def test_the_number_of_weights_is_the_published_one(name, params):
 
 def test_bytes_of_qwen_by_hand():
     model = resolve_model("qwen2.5-7b")
-    assert (
-        model.kv_bytes_per_token == 2 * 2 * 4 * 128 * 28 == 57344
-    )  # K and V, 16 bit, 4 heads of 128, 28 layers
+    assert model.kv_bytes_per_token == 2 * 2 * 4 * 128 * 28 == 57344  # K and V, 16 bit, 4 heads of 128, 28 layers
     assert model.weight_bytes == 2 * model.params
     assert model.qkv_width == 3584 + 2 * 512
 
@@ -74,9 +72,7 @@ def test_a_hugging_face_config_gives_the_preset(tmp_path, config, preset):
 
 
 def test_absent_keys_of_older_configs_take_their_usual_values(tmp_path):
-    older = {
-        key: QWEN_7B[key] for key in QWEN_7B if key not in ("num_key_value_heads", "tie_word_embeddings")
-    }
+    older = {key: QWEN_7B[key] for key in QWEN_7B if key not in ("num_key_value_heads", "tie_word_embeddings")}
     model = model_from_hf_config(config_file(tmp_path, older))
     assert (model.kv_heads, model.head_dim, model.tied_embeddings) == (28, 128, False)
 
