@@ -22,7 +22,7 @@ def close_run(
     scenario = admission.scenario
     case = Case(scenario, scenario.online.name, 1.0, admission.rate_scale, role, admission.violation_rate)
     comparison = Comparison(case, episode_seeds("evaluation", run.seed, episodes))
-    policies = [*rivals, run.untrained_policy(), policy]
+    policies: list[Policy] = [*rivals, run.untrained_policy(), policy]
     with Progress(console=run.console, transient=True) as progress:
         task = progress.add_task("evaluation on fresh seeds", total=len(policies) * episodes)
         comparison.run(policies, run.control_interval_s, lambda: progress.advance(task))

@@ -90,7 +90,7 @@ def export(model: PPO, name: str, provenance: dict[str, Any]) -> NetworkPolicy:
     return NetworkPolicy(name, layers, provenance=provenance)
 
 
-class _Report(BaseCallback):
+class _Report(BaseCallback):  # type: ignore[misc]
     """Progress, tracking, validation and checkpoints, once per rollout."""
 
     def __init__(self, model: PPO, run: Training, config: PpoConfig, progress: Progress) -> None:

@@ -27,9 +27,8 @@ class Tracker:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        self._run = wandb.init(
-            project=project, name=name, dir=str(folder), mode=mode, config=dict(config), save_code=False
-        )
+        settings = {"project": project, "name": name, "dir": str(folder), "mode": mode, "save_code": False}
+        self._run = wandb.init(**settings, config=dict(config))  # type: ignore[arg-type]
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Scalars at a training step."""

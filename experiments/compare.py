@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,9 @@ def main(config: DictConfig) -> None:
         for case in cases(settings, console):
             comparison = Comparison(case, episode_seeds("evaluation", settings["seed"], int(settings["seeds"])))
             with Progress(console=console, transient=True) as progress:
-                task = progress.add_task(
-                    f"{case.workload}, load {case.load:g}", total=len(policies) * len(comparison.seeds)
-                )
-                comparison.run(policies, settings["control_interval_s"], lambda: progress.advance(task))
+                total = len(policies) * len(comparison.seeds)
+                task = progress.add_task(f"{case.workload}, load {case.load:g}", total=total)
+                comparison.run(policies, settings["control_interval_s"], partial(progress.advance, task))
             rows += comparison.rows()
             title = f"{case.workload} ({case.role}), load {case.load:g}: {len(comparison.seeds)} paired episodes"
             print_comparison(console, comparison.rows(), title)

@@ -37,8 +37,13 @@ Knobs = npt.NDArray[np.float64]
 class Policy(Protocol):
     """Anything that can schedule: rules once per episode, knobs every control interval."""
 
-    name: str
-    rules: Mapping[str, str]
+    @property
+    def name(self) -> str:
+        """Unique among the policies that are compared."""
+
+    @property
+    def rules(self) -> Mapping[str, str]:
+        """Choice of every rule; see ``RULES``."""
 
     def reset(self) -> None:
         """Forget the last episode."""

@@ -64,5 +64,5 @@ def render_panel(history: Sequence[Telemetry]) -> npt.NDArray[np.uint8]:
         axis.set_ylim(bottom=0.0)
         axis.legend(loc="upper left", fontsize=7)
     axes[-1].set_xlabel("simulated time [s]")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]

@@ -55,7 +55,7 @@ def admit(
         return rate
 
     wanted = 1.0 if rate_scale == "auto" else float(rate_scale)
-    rate = probe(wanted)
+    rate = first_rate = probe(wanted)
     if rate <= ADMITTED_VIOLATION_RATE:
         return Admission(scenario.with_rate_scale(wanted), wanted, rate)
     low, high, low_rate = SMALLEST_SCALE, wanted, probe(SMALLEST_SCALE)
@@ -74,7 +74,8 @@ def admit(
             high = middle
     if rate_scale != "auto":
         raise OocoError(
-            f"workload.rate_scale={wanted:g} fails the admission rule: online work alone violates {probe(wanted):.1%} "
-            f"of requests, at most {ADMITTED_VIOLATION_RATE:.0%} is accepted; the largest scale that passes is {low:.3g}"
+            f"workload.rate_scale={wanted:g} fails the admission rule: online work alone violates {first_rate:.1%} "
+            f"of requests, at most {ADMITTED_VIOLATION_RATE:.0%} is accepted; "
+            f"the largest scale that passes is {low:.3g}"
         )
     return Admission(scenario.with_rate_scale(low), low, low_rate)

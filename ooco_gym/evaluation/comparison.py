@@ -1,4 +1,4 @@
-"""Comparing policies on one scenario: paired episodes, rows with intervals, the same numbers for table, figure and file."""
+"""Policies on one scenario: paired episodes, and rows with intervals for the table, the figure and the file."""
 
 from __future__ import annotations
 
