@@ -28,7 +28,7 @@ class PpoConfig:
     """Hyperparameters, as conf/agent/ppo.yaml sets them."""
 
     name: str = "ppo"
-    total_steps: int = 300_000  # environment steps over all environments
+    total_steps: int = 200_000  # environment steps over all environments
     environments: int = 8
     n_steps: int = 128  # per environment and update
     batch_size: int = 256
@@ -99,6 +99,7 @@ class _Report(BaseCallback):  # type: ignore[misc]
         self.model = model
         self.task = progress.add_task("training", total=config.total_steps, note="")
         self.next_validation = config.validate_every
+        self.validated_at = 0
         self.started_s = time.perf_counter()
         self.violations: list[int] = []
         self.arrivals: list[float] = []
@@ -132,7 +133,7 @@ class _Report(BaseCallback):  # type: ignore[misc]
             self.validate()
 
     def validate(self) -> None:
-        step = self.num_timesteps
+        step = self.validated_at = self.num_timesteps
         policy = export(self.model, self.config.name, {"steps": step, "seed": self.run.seed})
         summary = self.run.validate(policy, step, self.config.validation_episodes)
         values = {f"validation/{name}": estimate.value for name, estimate in summary.items()}
@@ -161,5 +162,6 @@ def train(run: Training) -> NetworkPolicy:
             model.learn(config.total_steps, callback=report)
         except KeyboardInterrupt:
             run.interrupted = True
-        report.validate()
+        if report.num_timesteps > report.validated_at:
+            report.validate()
     return run.best_policy()

@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ooco_gym.cluster.control import KNOBS
+from ooco_gym.cluster.control import KNOBS, Knob
 from ooco_gym.cluster.outcome import FEASIBLE_VIOLATION_RATE
 from ooco_gym.cluster.telemetry import Telemetry
 
@@ -66,47 +67,65 @@ def _comparison_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             y,
             xerr=[[x - 100 * x_low], [100 * x_high - x]],
             yerr=[[y - y_low], [y_high - y]],
-            fmt="o",
+            fmt="s" if row["policy"] == "ooco" else "o",
+            markersize=8 if row["policy"] == "ooco" else 5,
+            markerfacecolor="none" if row["policy"] == "ooco" else colour(row["policy"]),
             color=colour(row["policy"]),
             label=row["policy"],
             capsize=2,
         )
     axis.axvline(100 * FEASIBLE_VIOLATION_RATE, color="#888888", linestyle="--", linewidth=1, label="3 % line")
     axis.set_xscale("symlog", linthresh=1.0)
-    axis.set_xlim(left=0.0)
+    axis.set_xlim(-0.05, 130.0)
+    axis.xaxis.set_major_locator(FixedLocator([0.0, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0]))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylim(bottom=0.0)
     axis.set_xlabel("online SLO violations [%]")
     axis.set_ylabel("offline output [tokens/s]")
     axis.legend(fontsize=7)
 
 
+def _knob_axis(axis: Axes, knob: Knob) -> None:
+    """The knob's whole range, a little wider so that a line on a bound can be seen, and OOCO's setting."""
+    axis.axhline(knob.ooco, color=colour("ooco"), linestyle="--", linewidth=1, label="OOCO")
+    if knob.log:
+        axis.set_yscale("log")
+        axis.set_ylim(knob.low / 1.2, knob.high * 1.2)
+        axis.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 1.0, 3.0, 10.0]))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        margin = 0.05 * (knob.high - knob.low)
+        axis.set_ylim(knob.low - margin, knob.high + margin)
+
+
 def plot_learning(history: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Reward, violations and knob means over training steps, with validation points."""
+    """Reward, validation outcome and knob means over training steps."""
     training = [entry for entry in history if "train/reward" in entry]
     validation = [entry for entry in history if "validation/violation_rate" in entry]
-    figure = _figure(10.0, 6.0)
-    axes = figure.subplots(2, 4)
-    steps = [entry["step"] for entry in training]
-    top = axes.flat
-    top[0].plot(steps, [entry["train/reward"] for entry in training], color=colour("ppo"))
-    top[0].set_ylabel("reward per control interval")
-    checked = [entry["step"] for entry in validation]
-    useful = [entry["validation/offline_ideal_s_per_instance_s"] for entry in validation]
-    top[1].plot(checked, [100 * value for value in useful], "o-", color=colour("ppo"), label="validation")
-    top[1].set_ylabel("useful offline work [%]")
+    figure = _figure(11.0, 5.5)
+    axes = list(figure.subplots(2, 4).flat)
+    steps = [entry["step"] / 1000 for entry in training]
+    checked = [entry["step"] / 1000 for entry in validation]
+    axes[0].plot(steps, [entry["train/reward"] for entry in training], color=colour("ppo"))
+    axes[0].set_title("reward per control interval", fontsize=9)
+    useful = [100 * entry["validation/offline_ideal_s_per_instance_s"] for entry in validation]
+    axes[1].plot(checked, useful, "o-", color=colour("ppo"), label="useful offline work [%]")
     rates = [100 * entry["validation/violation_rate"] for entry in validation]
-    top[1].twinx().plot(checked, rates, "x:", color=colour("base-pd"))
-    top[1].set_title("o useful, x violations [%]", fontsize=8)
-    for axis, knob in zip(list(top)[2:], KNOBS, strict=True):
+    axes[1].plot(checked, rates, "x:", color=colour("base-pd"), label="SLO violations [%]")
+    axes[1].axhline(100 * FEASIBLE_VIOLATION_RATE, color="#888888", linestyle="--", linewidth=1, label="3 % line")
+    axes[1].set_ylim(bottom=0.0)
+    axes[1].set_title("validation", fontsize=9)
+    axes[1].legend(fontsize=7)
+    for axis, knob in zip(axes[2:], KNOBS, strict=True):
         axis.plot(steps, [entry[f"knobs/{knob.name}"] for entry in training], color=colour("ppo"))
-        axis.axhline(knob.ooco, color=colour("ooco"), linestyle="--", linewidth=1, label="OOCO")
-        axis.set_ylim(knob.low, knob.high)
-        if knob.log:
-            axis.set_yscale("log")
+        _knob_axis(axis, knob)
         axis.set_title(knob.name, fontsize=9)
-    for axis in axes.flat:
+    axes[2].legend(fontsize=7)
+    for axis in axes:
         axis.tick_params(labelsize=7)
-        axis.set_xlabel("environment steps", fontsize=7)
+        axis.set_xlabel("environment steps [thousands]", fontsize=7)
     return _save(figure, path)
 
 
@@ -115,15 +134,16 @@ def plot_knobs(history: Sequence[Telemetry], path: Path) -> Path:
     figure = _figure(8.0, 8.0)
     axes = figure.subplots(len(KNOBS) + 1, 1, sharex=True)
     times = [record["time_s"] for record in history]
-    load = [record["arriving_prefill_10s"] / record["relaxed_instances"] for record in history]
+    load = [100 * record["arriving_prefill_10s"] / record["relaxed_instances"] for record in history]
     axes[0].plot(times, load, color=colour("no-offline"))
-    axes[0].set_ylabel("online load\n(10 s)", fontsize=7)
+    axes[0].set_ylabel("online prefill\nload, 10 s [%]", fontsize=7)
+    axes[0].set_ylim(bottom=0.0)
     for axis, knob in zip(axes[1:], KNOBS, strict=True):
-        axis.plot(times, [record[f"knob_{knob.name}"] for record in history], color=colour("ppo"))
-        axis.axhline(knob.ooco, color=colour("ooco"), linestyle="--", linewidth=1)
-        axis.set_ylim(knob.low, knob.high)
-        if knob.log:
-            axis.set_yscale("log")
+        axis.plot(times, [record[f"knob_{knob.name}"] for record in history], color=colour("ppo"), label="policy")
+        _knob_axis(axis, knob)
         axis.set_ylabel(knob.name, fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper right", ncols=2)
     axes[-1].set_xlabel("simulated time [s]")
+    for axis in axes:
+        axis.tick_params(labelsize=7)
     return _save(figure, path)

@@ -60,8 +60,7 @@ class Instance:
     last_iteration_s: float = 0.0
     # run of unchanged decode iterations (24)
     anchor: tuple[float, float, float, int] = (0.0, 0.0, 0.0, 0)  # seconds, c0 + c1 C, c1, B
-    anchor_members: tuple[list[Request], list[Request]] = ([], [])  # batch and residents at the anchor
-    k: int = 0
+    k: int = 0  # iterations since the anchor; 0 asks for a new one
     # running prefill
     offline_prefill: bool = False
     predicted_end_s: float = 0.0

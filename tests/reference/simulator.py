@@ -129,7 +129,7 @@ class Reference:
         self.log("finish", request, instance)
         del instance.kv[request]
         if request in instance.residents:
-            instance.residents.remove(request)
+            self.depart(request, instance)
         if request.online:
             self.count["online_finished"] += 1
         else:
@@ -140,6 +140,14 @@ class Reference:
                 self.count["offline_finished_output_tokens"] += request.output
         return True
 
+    def join(self, request: Request, instance: Instance) -> None:
+        instance.residents.append(request)
+        instance.k = 0  # (24) the residents change
+
+    def depart(self, request: Request, instance: Instance) -> None:
+        instance.residents.remove(request)
+        instance.k = 0
+
     def evict(self, request: Request, instance: Instance) -> None:
         """(31)"""
         where = "strict" if instance.strict else "relaxed"
@@ -148,7 +156,7 @@ class Reference:
         self.count["evictions"] += 1
         del instance.kv[request]
         if request in instance.residents:
-            instance.residents.remove(request)
+            self.depart(request, instance)
         else:
             instance.held.remove(request)
             for target in self.strict:
@@ -181,12 +189,10 @@ class Reference:
 
     def start_decode(self, instance: Instance, batch: list[Request]) -> None:
         """(24)"""
-        members = (list(batch), list(instance.residents))
-        if instance.k == 0 or members != instance.anchor_members:
+        if instance.k == 0 or batch != instance.batch:
             c0, c1 = decode_affine(self.true_cost[instance.index], float(len(batch)))
             context = sum(request.context for request in batch)
             instance.anchor, instance.k = (self.now, c0 + c1 * context, c1, len(batch)), 0
-            instance.anchor_members = members
             self.log("decode batch", None, instance)
         instance.k += 1
         anchor_s, first_s, c1, size = instance.anchor
@@ -201,7 +207,7 @@ class Reference:
         leaving, instance.leaving = instance.leaving, []
         for request, puller in sorted(leaving, key=lambda pull: pull[1].index):  # (9c, 29)
             if request in instance.residents and self.blocks(request.context) <= puller.free:
-                instance.residents.remove(request)
+                self.depart(request, instance)
                 self.count["migrations"] += 1
                 self.start_transfer(request, instance, puller)
             else:
@@ -328,7 +334,7 @@ class Reference:
             if request.online or self.rules["offline_decode"] == "strict":
                 self.hand_over(request, instance)
             else:
-                instance.residents.append(request)
+                self.join(request, instance)
 
     def hand_over(self, request: Request, source: Instance) -> None:
         """(17)"""
@@ -508,7 +514,7 @@ class Reference:
         self.next_on_link(source)
         self.log("transfer end", request, target)
         del source.kv[request]
-        target.residents.append(request)
+        self.join(request, target)
         if target.pulled is request:
             target.pulled = None
         self.wake([source, target])
