@@ -10,6 +10,7 @@ A saved policy is one folder: ``policy.json`` (kind, rules, knobs, schema, prove
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,9 @@ class ConstantPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", check_rules(self.rules))
-        object.__setattr__(self, "_vector", knobs_from_mapping(self.knobs))
+        vector = knobs_from_mapping(self.knobs)
+        vector.flags.writeable = False  # shared with every caller of decide()
+        object.__setattr__(self, "_vector", vector)
 
     @property
     def vector(self) -> Knobs:
@@ -95,6 +98,8 @@ class NetworkPolicy:
         for weight, bias in self.layers:
             if weight.ndim != 2 or weight.shape[1] != width or bias.shape != (weight.shape[0],):
                 raise OocoError(f"policy '{self.name}': layer of shape {weight.shape} cannot follow {width} inputs")
+            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+                raise OocoError(f"policy '{self.name}': a weight is not a finite number")
             width = weight.shape[0]
         if width != len(KNOB_NAMES):
             raise OocoError(f"policy '{self.name}': {width} outputs, {len(KNOB_NAMES)} knobs are needed")
@@ -157,16 +162,18 @@ def load_policy(folder: str | Path) -> SavedPolicy:
         if observation != list(OBSERVATION_NAMES) or knob_names != list(KNOB_NAMES):
             raise OocoError(f"policy {path}: made for other observations or knobs than this version's; train it again")
         if kind == "constant":
+            if not isinstance(manifest["knobs"], dict):
+                raise OocoError(f"knobs is {manifest['knobs']!r}, a mapping of knob names to numbers is needed")
             return ConstantPolicy(name, rules, manifest["knobs"], manifest.get("description", ""))
         if kind == "network":
             with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
                 layers = [(arrays[f"weight_{i}"], arrays[f"bias_{i}"]) for i in range(int(manifest["layers"]))]
             return NetworkPolicy(name, layers, rules, manifest.get("provenance", {}))
-    except OocoError:
-        raise
+    except OocoError as error:
+        raise OocoError(f"policy {path}: {str(error).removeprefix(f'policy {path}: ')}") from None
     except FileNotFoundError as error:
         raise OocoError(f"policy {folder}: '{error.filename}' not found, a folder with policy.json is needed") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise OocoError(f"policy {path}: not a saved policy ({error!r})") from None
     raise OocoError(f"policy {path}: kind {kind!r}, known are constant, network")
 

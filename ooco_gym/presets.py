@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ooco_gym.errors import OocoError
 
@@ -30,5 +31,8 @@ def load(group: str, name: str) -> dict[str, Any]:
     path = conf_dir() / group / f"{name}.yaml"
     if name not in names(group):
         raise OocoError(f"unknown {group} '{name}': known are {', '.join(names(group)) or 'none'}")
-    content = OmegaConf.to_container(OmegaConf.load(path))  # Hydra's own parser: 1.6e12 is a number here, too
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))  # Hydra's own parser: 1.6e12 is a number here, too
+    except YAMLError as error:
+        raise OocoError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}

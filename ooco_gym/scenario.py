@@ -16,6 +16,7 @@ import numpy as np
 from ooco_gym import presets
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import (
+    FORMS,
     HardwareSpec,
     ModelSpec,
     build_cost,
@@ -43,6 +44,10 @@ DEFAULT_PRESETS = {
 }
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class ClusterSpec:
     """Instances, their limits and the links between them."""
@@ -63,10 +68,15 @@ class ClusterSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise OocoError(f"cluster.{name} is {value!r}, it must be an integer of at least 1")
-        if not 0.0 < self.memory_utilization <= 1.0:
-            raise OocoError(f"cluster.memory_utilization is {self.memory_utilization!r}, accepted is 0 to 1")
-        if not self.link_bytes_per_s > 0 or not self.link_latency_s >= 0 or not self.pull_interval_s > 0:
-            raise OocoError("cluster.link_bytes_per_s and pull_interval_s must be positive, link_latency_s at least 0")
+        if not (_is_number(self.memory_utilization) and 0.0 < self.memory_utilization <= 1.0):
+            raise OocoError(
+                f"cluster.memory_utilization is {self.memory_utilization!r}, accepted is above 0, at most 1"
+            )
+        for name in ("link_bytes_per_s", "pull_interval_s"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise OocoError(f"cluster.{name} is {getattr(self, name)!r}, it must be a positive number")
+        if not (_is_number(self.link_latency_s) and self.link_latency_s >= 0):
+            raise OocoError(f"cluster.link_latency_s is {self.link_latency_s!r}, it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class SloSpec:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            if not (_is_number(value) and value > 0):
                 raise OocoError(f"slo.{name} is {value!r}, it must be a positive number of seconds")
 
 
@@ -100,8 +110,11 @@ class CostSpec:
     def __post_init__(self) -> None:
         for name in ("host_s", "noise_sigma", "bias_sigma"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 <= value < 1):
-                raise OocoError(f"cost.{name} is {value!r}, accepted is 0 to 1")
+            if not (_is_number(value) and 0 <= value < 1):
+                raise OocoError(f"cost.{name} is {value!r}, accepted is at least 0 and below 1")
+        for name in ("true_form", "scheduler_form"):
+            if getattr(self, name) not in FORMS:
+                raise OocoError(f"cost.{name} is {getattr(self, name)!r}, known are {', '.join(FORMS)}")
 
 
 Spec = TypeVar("Spec", ClusterSpec, SloSpec, CostSpec)
@@ -134,10 +147,10 @@ class Scenario:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (self.episode_s > 0 and self.warmup_s >= 0):
-            raise OocoError(
-                f"episode_s is {self.episode_s!r} and warmup_s {self.warmup_s!r}, accepted are > 0 and >= 0"
-            )
+        if not (_is_number(self.episode_s) and self.episode_s > 0):
+            raise OocoError(f"episode_s is {self.episode_s!r}, it must be a positive number of seconds")
+        if not (_is_number(self.warmup_s) and self.warmup_s >= 0):
+            raise OocoError(f"warmup_s is {self.warmup_s!r}, it must be at least 0 seconds")
         if self.kv_blocks < 1:
             need = self.model.weight_bytes / self.cluster.tensor_parallel / 1e9
             have = self.hardware.hbm_bytes * self.cluster.memory_utilization / 1e9
@@ -250,8 +263,8 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
         cost=_spec(CostSpec, _group(config, "cost"), "cost"),
         online=online_source(_group(config, "workload"), data_dir),
         offline=offline_work(_group(config, "offline"), data_dir),
-        episode_s=float(config.get("episode_s", 600.0)),
-        warmup_s=float(config.get("warmup_s", 60.0)),
+        episode_s=config.get("episode_s", 600.0),
+        warmup_s=config.get("warmup_s", 60.0),
         settings=settings,
     )
     return replace(scenario, slo=_slo(_group(config, "slo"), scenario))

@@ -78,7 +78,7 @@ def test_both_kinds_are_policies():
     assert isinstance(ConstantPolicy("c"), Policy) and isinstance(random_network(), Policy)
 
 
-def test_open_defect_a_caller_that_edits_its_knobs_does_not_edit_the_policy(records):
+def test_a_caller_that_edits_its_knobs_does_not_edit_the_policy(records):
     policy = ConstantPolicy("c")
     knobs = policy.decide(records[0])
     with contextlib.suppress(ValueError):  # read-only is as good as a copy
@@ -175,13 +175,13 @@ def test_a_manifest_that_does_not_fit(saved, change, named):
 @pytest.mark.parametrize(
     "change", [{"rules": {"routing": "random"}}, {"kind": "constant", "knobs": {"gate_batch": 99}}]
 )
-def test_open_defect_an_error_inside_the_manifest_says_in_which_folder(saved, change):
+def test_an_error_inside_the_manifest_says_in_which_folder(saved, change):
     (saved[0] / "policy.json").write_text(json.dumps(saved[1] | change))
     refused(saved[0])
 
 
 @pytest.mark.parametrize("knobs", [[], None])
-def test_open_defect_knobs_that_are_no_mapping(saved, knobs):
+def test_knobs_that_are_no_mapping(saved, knobs):
     (saved[0] / "policy.json").write_text(json.dumps(saved[1] | {"kind": "constant", "knobs": knobs}))
     refused(saved[0])
 
@@ -240,12 +240,12 @@ def test_weights_that_are_something_else(saved, spoil):
 @pytest.mark.parametrize(
     "spoil", [_truncated, _flipped, lambda path: path.write_bytes(b"")], ids=["truncated", "flipped", "empty"]
 )
-def test_open_defect_weights_that_are_damaged(saved, spoil):
+def test_weights_that_are_damaged(saved, spoil):
     spoil(saved[0] / "weights.npz")
     refused(saved[0])
 
 
-def test_open_defect_weights_that_are_not_finite(saved):
+def test_weights_that_are_not_finite(saved):
     layers = [(np.full((KNOB_COUNT, OBSERVATION_SIZE), np.nan, np.float32), np.zeros(KNOB_COUNT, np.float32))]
     with pytest.raises(OocoError, match="finite"):
         NetworkPolicy("nan", layers)

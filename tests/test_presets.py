@@ -52,7 +52,7 @@ def test_an_empty_file_is_an_empty_mapping(monkeypatch, tmp_path):
     assert presets.load("slo", "empty") == {}
 
 
-def test_open_defect_a_preset_that_is_no_yaml(monkeypatch, tmp_path):
+def test_a_preset_that_is_no_yaml(monkeypatch, tmp_path):
     (tmp_path / "slo").mkdir()
     (tmp_path / "slo" / "broken.yaml").write_text("ttft_s: [1, 2\n")
     monkeypatch.setattr(presets, "conf_dir", lambda: tmp_path)

@@ -78,6 +78,7 @@ PREEMPT_SLACK, GATE_BATCH, TPOT_BOUND, PULL_KV, PULL_LENGTH, KV_RESERVE = range(
 
 _LOW = np.array([knob.low for knob in KNOBS])
 _HIGH = np.array([knob.high for knob in KNOBS])
+_OOCO = np.array([knob.ooco for knob in KNOBS])
 _LOG = np.array([knob.log for knob in KNOBS])
 _LOG_LOW = np.array([math.log(knob.low) if knob.log else 0.0 for knob in KNOBS])
 _LOG_SPAN = np.array([math.log(knob.high / knob.low) if knob.log else 0.0 for knob in KNOBS])
@@ -99,7 +100,7 @@ RULE_NAMES = tuple(RULES)
 
 def ooco_knobs() -> npt.NDArray[np.float64]:
     """OOCO's setting of every knob, float64 [KNOB_COUNT], in the order of :data:`KNOBS`."""
-    return np.array([knob.ooco for knob in KNOBS])
+    return _OOCO.copy()
 
 
 def knobs_from_mapping(values: Mapping[str, float]) -> npt.NDArray[np.float64]:
@@ -108,6 +109,8 @@ def knobs_from_mapping(values: Mapping[str, float]) -> npt.NDArray[np.float64]:
     for name, value in values.items():
         if name not in KNOB_NAMES:
             raise OocoError(f"unknown knob '{name}': known are {', '.join(KNOB_NAMES)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            raise OocoError(f"knob '{name}' is {value!r}, a number is needed")
         knobs[KNOB_NAMES.index(name)] = float(value)
     return check_knobs(knobs)
 
@@ -134,6 +137,9 @@ def action_to_knobs(action: npt.ArrayLike) -> npt.NDArray[np.float64]:
     # np.exp over the log rows only: the linear rows would be exp(0), harmless but wasted.
     knobs = _LOW + u * (_HIGH - _LOW)
     knobs[..., _LOG] = np.exp(_LOG_LOW[_LOG] + u[..., _LOG] * _LOG_SPAN[_LOG])
+    # The action that means OOCO must give OOCO's knobs to the last bit, through exp and float32: a gate a rounding
+    # error above B_sat admits one more request.
+    knobs = np.where(np.abs(knobs - _OOCO) < 1e-6 * np.maximum(_OOCO, 1.0), _OOCO, knobs)
     return np.clip(knobs, _LOW, _HIGH)
 
 

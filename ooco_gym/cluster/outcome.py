@@ -11,11 +11,21 @@ from ooco_gym.cluster.state import TBT_FIRST_S, TBT_RATIO, Cluster
 from ooco_gym.scenario import Scenario
 
 FEASIBLE_VIOLATION_RATE = 0.03  # the paper's line
+_SINCE_WARMUP = (
+    "interrupted_s",
+    "recompute_s",
+    "busy_s",
+    "preemptions",
+    "evictions",
+    "migrations",
+    "iterations",
+    "events",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One episode. Times in seconds; rates per second of the measured part (after warm-up)."""
+    """One episode after its warm-up. Times in seconds; rates per second of the measured part."""
 
     online_requests: int  # counted: arrived after warm-up, deadline before the end
     violations: int
@@ -41,7 +51,8 @@ class Outcome:
 
     @property
     def feasible(self) -> bool:
-        return self.violation_rate <= FEASIBLE_VIOLATION_RATE
+        served = self.online_requests > 0 or self.rejected_online == 0
+        return served and self.violation_rate <= FEASIBLE_VIOLATION_RATE
 
     def to_dict(self) -> dict[str, float | int | bool]:
         return {**asdict(self), "feasible": self.feasible}
@@ -75,18 +86,21 @@ def online_violations(
     return counted, counted & late_first, counted & (late_first | late_finish)
 
 
-def measure(cluster: Cluster, scenario: Scenario) -> Outcome:
-    """Outcome of a cluster that has been run to the scenario's horizon.
+def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void]) -> Outcome:
+    """Outcome of a cluster that has been run to the scenario's horizon; ``at_warmup`` is its world record back then.
 
-    A counted request that never finished enters the quantiles with the time it has waited so far: a lower bound.
+    A counted request without a first token enters the TTFT quantiles with its wait so far, a lower bound, and is left
+    out of TPOT; one without its last token enters TPOT with its pace so far.
     """
-    world = cluster.world[0]
+    world, before = cluster.world[0], at_warmup[0]
+    since = {name: world[name] - before[name] for name in _SINCE_WARMUP}
     counted, ttft_late, late = online_violations(cluster, scenario)
     arrival = cluster.online_arrival_s[counted]
     first = np.minimum(cluster.online_first_s[counted], world["now_s"])
     finish = np.minimum(cluster.online_finish_s[counted], world["now_s"])
     gaps = cluster.online_output[counted] - 1
-    tpot = (finish - first)[gaps > 0] / gaps[gaps > 0]
+    paced = (gaps > 0) & (cluster.online_first_s[counted] <= world["now_s"])
+    tpot = (finish - first)[paced] / gaps[paced]
     span_s = scenario.episode_s
     useful_s = (
         world["offline_finished_prompt_tokens"] * scenario.ideal_prompt_token_s
@@ -109,10 +123,10 @@ def measure(cluster: Cluster, scenario: Scenario) -> Outcome:
         offline_prompt_tokens_per_s=float(world["offline_finished_prompt_tokens"]) / span_s,
         offline_requests_per_s=float(world["offline_finished"]) / span_s,
         offline_ideal_s_per_instance_s=float(useful_s) / (span_s * scenario.instances),
-        wasted_fraction=float((world["interrupted_s"] + world["recompute_s"]) / max(world["busy_s"], 1e-9)),
-        preemptions=int(world["preemptions"]),
-        evictions=int(world["evictions"]),
-        migrations=int(world["migrations"]),
-        iterations=int(world["iterations"]),
-        events=int(world["events"]),
+        wasted_fraction=float((since["interrupted_s"] + since["recompute_s"]) / max(since["busy_s"], 1e-9)),
+        preemptions=int(since["preemptions"]),
+        evictions=int(since["evictions"]),
+        migrations=int(since["migrations"]),
+        iterations=int(since["iterations"]),
+        events=int(since["events"]),
     )

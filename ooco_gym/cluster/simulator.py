@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,6 +26,7 @@ from ooco_gym.cluster.state import (
     Cluster,
 )
 from ooco_gym.cluster.telemetry import TELEMETRY, Telemetry, read
+from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
 
 _COST_ERROR_FREE = ("layers", "hard_max")  # coefficients that are not seconds
@@ -44,13 +46,22 @@ class Simulator:
         self.cluster = _build(scenario, self.rules, seed)
         self._constants = _deployment(scenario)
         prepare(self.cluster)
+        self._at_warmup = self.cluster.world.copy()
 
     @property
     def now_s(self) -> float:
         return float(self.cluster.world[0]["now_s"])
 
     def run(self, until_s: float) -> None:
-        """Advance to ``until_s``, simulated seconds from the start of the episode."""
+        """Advance to ``until_s``, simulated seconds from the start of the episode; raises OocoError if that is past."""
+        if not self.now_s <= until_s < math.inf:
+            raise OocoError(f"until_s is {until_s!r}, accepted is a finite time from now ({self.now_s:g} s) on")
+        if self.now_s < self.scenario.warmup_s <= until_s:
+            self._advance(self.scenario.warmup_s)
+            self._at_warmup = self.cluster.world.copy()
+        self._advance(until_s)
+
+    def _advance(self, until_s: float) -> None:
         while run(self.cluster, float(until_s)) == NEEDS_SLOTS:
             self.cluster = _with_more_slots(self.cluster)
 
@@ -64,7 +75,7 @@ class Simulator:
 
     def outcome(self) -> Outcome:
         """Outcome metrics; meaningful once the scenario's horizon has been reached."""
-        return measure(self.cluster, self.scenario)
+        return measure(self.cluster, self.scenario, self._at_warmup)
 
 
 def _deployment(scenario: Scenario) -> npt.NDArray[np.void]:

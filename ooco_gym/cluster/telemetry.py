@@ -97,6 +97,9 @@ class Telemetry:
         if missing or unknown:
             wrong = f"field '{missing[0]}' is missing" if missing else f"field '{unknown[0]}' is unknown"
             raise OocoError(f"telemetry: {wrong}, a record has exactly the {len(FIELDS)} documented fields")
+        for name in FIELD_NAMES:
+            if isinstance(record[name], bool) or not isinstance(record[name], (int, float)):
+                raise OocoError(f"telemetry: field '{name}' is {record[name]!r}, it must be a finite number")
         values = np.array([float(record[name]) for name in FIELD_NAMES])
         if not np.isfinite(values).all():
             bad = FIELD_NAMES[int(np.argmin(np.isfinite(values)))]
@@ -170,8 +173,12 @@ def _fill_strict(c, out):
 
 @kernel
 def _fill_history(c, out):
-    """Sums over the last whole and the running second; windows that reach before time 0 are shortened."""
-    now = int(math.ceil(c.world[0].now_s)) - 1
+    """Sums over whole past seconds, the running one left out; windows that reach before time 0 are shortened."""
+    now = int(math.floor(c.world[0].now_s)) - 1
+    out.arriving_prefill_1s = 0.0
+    out.arriving_prefill_10s = 0.0
+    out.arriving_prefill_60s = 0.0
+    out.arrivals_60s = 0.0
     arrivals_300 = 0
     violations_300 = 0
     finished = 0
@@ -213,8 +220,9 @@ def _fill_backlog(c, out):
         out.offline_backlog = BACKLOG_TOP
     else:
         out.offline_backlog = min(float(world.offline_arrived - world.offline_taken + waiting), BACKLOG_TOP)
+    taken = world.offline_taken - world.rejected_offline
     out.offline_output_mean_tokens = world.offline_output_sum / max(world.offline_output_count, 1)
-    out.offline_prompt_mean_tokens = world.offline_prompt_sum / max(world.offline_taken, 1)
+    out.offline_prompt_mean_tokens = world.offline_prompt_sum / max(taken, 1)
 
 
 @entry_point

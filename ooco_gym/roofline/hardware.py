@@ -59,8 +59,11 @@ class HardwareSpec:
 
     def __post_init__(self) -> None:
         for name in ("peak_flops_per_s", "hbm_bytes_per_s", "hbm_bytes", "link_bytes_per_s"):
-            if not getattr(self, name) > 0:
-                raise OocoError(f"hardware '{self.name}': {name} is {getattr(self, name)!r}, it must be positive")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise OocoError(
+                    f"hardware '{self.name}': {name} is {getattr(self, name)!r}, it must be a positive number"
+                )
 
 
 def hardware_from_mapping(values: Mapping[str, Any], where: str = "hardware") -> HardwareSpec:

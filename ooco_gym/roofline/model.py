@@ -91,6 +91,8 @@ def model_from_hf_config(path: str | Path) -> ModelSpec:
     for sign in ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank"):
         if config.get(sign):
             raise OocoError(f"model config {path}: '{sign}' is set, only dense models with full attention are modelled")
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        raise OocoError(f"model config {path}: 'sliding_window' is set, only full attention is modelled")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for key in needed:
         if not isinstance(config.get(key), int):

@@ -36,6 +36,12 @@ class OfflineJobs:
     prompt_tokens: IntArray
     output_tokens: IntArray
 
+    def __post_init__(self) -> None:
+        # One dtype each: the compiled simulator would otherwise compile itself again for another.
+        object.__setattr__(self, "arrival_s", np.ascontiguousarray(self.arrival_s, np.float64))
+        for name in ("prompt_tokens", "output_tokens"):
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), np.int32))
+
     def __len__(self) -> int:
         """Rows, that is jobs unless endless."""
         return int(self.prompt_tokens.size)

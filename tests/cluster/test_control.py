@@ -40,7 +40,7 @@ def test_oocos_setting_is_the_papers():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_open_defect_oocos_action_is_oocos_knobs_to_the_last_bit(dtype):
+def test_oocos_action_is_oocos_knobs_to_the_last_bit(dtype):
     """gate_batch comes out above 1: the gate ``count < gate_batch * B_sat`` then admits B_sat + 1."""
     assert action_to_knobs(ooco_action().astype(dtype)).tolist() == ooco_knobs().tolist()
 
@@ -65,9 +65,9 @@ def test_noise_on_a_saturated_knob_of_ooco_changes_nothing(first, second):
 def test_an_action_gives_knobs_in_range_and_back(action):
     knobs = action_to_knobs(action)
     assert check_knobs(knobs).tolist() == knobs.tolist()
-    assert action_to_knobs(knobs_to_action(knobs)) == pytest.approx(knobs, rel=1e-12, abs=1e-12)
+    assert action_to_knobs(knobs_to_action(knobs)) == pytest.approx(knobs, rel=1e-12, abs=2e-6)
     inside = np.abs(action) < 0.9
-    assert knobs_to_action(knobs)[inside] == pytest.approx(action[inside], abs=1e-9)
+    assert knobs_to_action(knobs)[inside] == pytest.approx(action[inside], abs=1e-5)
 
 
 @given(INSIDE)
@@ -75,7 +75,8 @@ def test_knobs_give_an_action_and_back(share):
     knobs = LOW + share * (HIGH - LOW)
     action = knobs_to_action(knobs)
     assert (np.abs(action) <= 0.95 + 1e-12).all()
-    assert action_to_knobs(action) == pytest.approx(knobs, rel=1e-12, abs=1e-12)
+    # 2e-6: a knob within a rounding error of OOCO's own setting snaps to it
+    assert action_to_knobs(action) == pytest.approx(knobs, rel=1e-12, abs=2e-6)
 
 
 @given(ACTIONS, st.integers(0, KNOB_COUNT - 1), st.floats(-1, 1))
@@ -133,7 +134,7 @@ def test_a_knob_that_cannot_be_set(values, sentence):
 
 
 @pytest.mark.parametrize("value", ["high", None, [1.0]])
-def test_open_defect_a_knob_that_is_no_number(value):
+def test_a_knob_that_is_no_number(value):
     with pytest.raises(OocoError, match="gate_batch"):
         knobs_from_mapping({"gate_batch": value})
 

@@ -103,7 +103,7 @@ def test_the_mean_offline_prompt_is_of_the_requests_taken():
     )
 
 
-def test_open_defect_rejected_jobs_do_not_dilute_the_mean_offline_prompt():
+def test_rejected_jobs_do_not_dilute_the_mean_offline_prompt():
     """Half of the jobs fit no instance: they are counted as taken, their prompts are not."""
     prompts = np.array([500, 2_000_000, 500, 2_000_000], np.int32)
     simulator = simulated(
@@ -115,7 +115,7 @@ def test_open_defect_rejected_jobs_do_not_dilute_the_mean_offline_prompt():
     assert simulator.telemetry()["offline_prompt_mean_tokens"] == 500
 
 
-def test_open_defect_the_last_second_is_a_whole_second():
+def test_the_last_second_is_a_whole_second():
     """Ten arrivals a second; the window holds the running quarter of a second, divided by a whole one."""
     every = np.arange(0.05, 20, 0.1)
     simulator = simulated(Requests(every, np.full(every.size, 100), np.full(every.size, 2)))
@@ -173,7 +173,7 @@ def test_reading_changes_nothing():
     assert runs[0].outcome() == runs[1].outcome()
 
 
-def test_open_defect_time_does_not_run_backwards():
+def test_time_does_not_run_backwards():
     simulator = Simulator(build_scenario({"episode_s": 20, "warmup_s": 0}), {}, 1)
     simulator.run(10.0)
     with contextlib.suppress(OocoError):  # refusing is as good as doing nothing
@@ -224,6 +224,6 @@ def test_a_record_that_cannot_be_read(record, named):
 
 
 @pytest.mark.parametrize("value", ["soon", None, {}])
-def test_open_defect_a_record_with_a_value_that_is_no_number(value):
+def test_a_record_with_a_value_that_is_no_number(value):
     with pytest.raises(OocoError, match="oldest_wait_s"):
         Telemetry.from_dict(RECORD | {"oldest_wait_s": value})

@@ -123,7 +123,8 @@ class Case:
     def ticks(self) -> list[tuple[float, np.ndarray | None]]:
         """(seconds, knob vector or None) of every stop of the episode, in order; the last is the horizon."""
         marks = [(s, np.array(vector)) for s, vector in self.knobs] + [(s, None) for s in self.stops_s]
-        return sorted([m for m in marks if m[0] < self.horizon_s], key=lambda m: m[0]) + [(self.horizon_s, None)]
+        marks = sorted((mark for mark in marks if mark[0] < self.horizon_s), key=lambda mark: mark[0])
+        return [*marks, (self.horizon_s, None)]
 
 
 def _knob(index: int) -> st.SearchStrategy[float]:

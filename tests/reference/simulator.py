@@ -14,6 +14,23 @@ from ooco_gym.cluster.simulator import Simulator
 from ooco_gym.roofline.cost import causal_pairs, decode_affine, iteration_s, layers_s, prefill_s
 from tests.reference.model import Backlog, Instance, Request
 
+#: Integer counters of the kernel's world that the reference keeps too; two more are derived in ``counters``.
+COUNTERS = (
+    "online_finished",
+    "offline_finished",
+    "offline_finished_prompt_tokens",
+    "offline_finished_output_tokens",
+    "credited_prompt_tokens",
+    "credited_output_tokens",
+    "prefilled_tokens",
+    "recomputed_tokens",
+    "preemptions",
+    "evictions",
+    "migrations",
+    "rejected_online",
+    "iterations",
+)
+
 
 class Reference:
     """The cluster that ``simulator`` was built to be, before it has run; nothing is shared with it afterwards."""
@@ -523,12 +540,7 @@ class Reference:
 
     def counters(self) -> dict[str, int]:
         """The integer counters of the kernel's world, at this time."""
-        names = (
-            "online_finished offline_finished offline_finished_prompt_tokens offline_finished_output_tokens "
-            "credited_prompt_tokens credited_output_tokens prefilled_tokens recomputed_tokens preemptions evictions "
-            "migrations rejected_online iterations"
-        ).split()
-        counts = {name: self.count[name] for name in names}
+        counts = {name: self.count[name] for name in COUNTERS}
         counts["rejected_offline"] = self.backlog.rejected
         counts["violations"] = sum(self.booked_violation_s(request) <= self.now for request in self.online)
         return counts

@@ -104,7 +104,7 @@ def test_a_config_that_is_not_there(tmp_path):
         resolve_model(tmp_path / "nowhere.json")
 
 
-def test_open_defect_a_sliding_window_is_refused(tmp_path):
+def test_a_sliding_window_is_refused(tmp_path):
     """ModelSpec says that sliding windows are not modelled; Mistral-7B-v0.1 has one."""
     mistral = LLAMA_8B | {"sliding_window": 4096, "architectures": ["MistralForCausalLM"]}
     with pytest.raises(OocoError, match="sliding"):
