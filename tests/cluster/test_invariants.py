@@ -139,43 +139,54 @@ def test_everything_is_served_once_given_time(case):
 @given(case=cases())
 @settings(**SETTINGS)
 def test_no_relaxed_instance_idles_beside_work_it_could_start(case):
+    fcfs = case.rules[RULE_NAMES.index("prefill_order")] == "fcfs"
     for simulator in _stops(case):
-        cluster, world = simulator.cluster, simulator.cluster.world[0]
-        for i in range(case.relaxed):
+        cluster = simulator.cluster
+        for i in np.flatnonzero(cluster.instances["activity"][: case.relaxed] == IDLE):
             instance = cluster.instances[i]
-            if instance["activity"] != IDLE:
-                continue
-            free = instance["kv_blocks"] - instance["used_blocks"]
-            blocks = lambda context: -(-(context + 1) // case.block_tokens)  # noqa: E731
             assert cluster.lists[i, OFFLINE_DECODES, lists.LENGTH] == 0, "an idle instance beside its own decodes"
-            waiting = cluster.lists[i, WAITING, lists.HEAD]
-            if waiting != NONE:
-                assert blocks(cluster.slots[waiting]["context"]) > free, "an idle instance beside an online request"
-                if case.rules[RULE_NAMES.index("prefill_order")] == "fcfs":
-                    continue  # whoever is behind the head of the queue waits with it
-            context = _backlog_head(case, cluster, world)
-            if context is None or instance["held_offline"] >= cluster.knobs[GATE_BATCH] * instance["saturation_batch"]:
+            free = instance["kv_blocks"] - instance["used_blocks"]
+            online = _waiting_head(cluster, i)
+            offline = _backlog_head(case, cluster)
+            if instance["held_offline"] >= cluster.knobs[GATE_BATCH] * instance["saturation_batch"]:
+                offline = None
+            if fcfs:  # whoever is behind the first of both waits with it
+                heads = [head for head in (online, offline) if head is not None]
+                if heads:
+                    assert _prefill_blocks(case, min(heads)) > free, "an idle instance beside the first request"
                 continue
-            room = free
-            if case.rules[RULE_NAMES.index("prefill_order")] == "online_first":
+            if online is not None:
+                assert _prefill_blocks(case, online) > free, "an idle instance beside an online request"
+            if offline is not None:
                 room = (1 - cluster.knobs[KV_RESERVE]) * instance["kv_blocks"] - instance["used_blocks"]
-            assert blocks(context) > room, "an idle instance beside the backlog"
+                assert _prefill_blocks(case, offline) > room, "an idle instance beside the backlog"
 
 
-def _backlog_head(case: Case, cluster, world) -> int | None:
-    """Context of the request that the backlog offers, None if it offers nothing."""
+def _prefill_blocks(case: Case, head: tuple[float, bool, int]) -> int:
+    return -(-(head[2] + 1) // case.block_tokens)
+
+
+def _waiting_head(cluster, instance: int) -> tuple[float, bool, int] | None:
+    """(arrival, is offline, context) of the online request at the head of an instance's queue."""
+    slot = cluster.lists[instance, WAITING, lists.HEAD]
+    return None if slot == NONE else (cluster.slots[slot]["arrival_s"], False, int(cluster.slots[slot]["context"]))
+
+
+def _backlog_head(case: Case, cluster) -> tuple[float, bool, int] | None:
+    """(arrival, is offline, context) of the request that the backlog offers, None if it offers nothing."""
     if case.rules[RULE_NAMES.index("admission")] == "none":
         return None
-    requeued = cluster.lists[case.relaxed + case.strict, REQUEUED, lists.HEAD]
-    if requeued != NONE:
-        return int(cluster.slots[requeued]["context"])
+    slot = cluster.lists[case.relaxed + case.strict, REQUEUED, lists.HEAD]
+    if slot != NONE:
+        return cluster.slots[slot]["arrival_s"], True, int(cluster.slots[slot]["context"])
+    world = cluster.world[0]
     smaller = int(cluster.instances["kv_blocks"].min()) * case.block_tokens
     rows = world["offline_jobs"]
     last = world["offline_taken"] + rows if world["endless"] else world["offline_arrived"]
     for job in range(world["offline_taken"], last):
         prompt, output = int(cluster.offline_prompt[job % rows]), int(cluster.offline_output[job % rows])
         if prompt + output <= smaller:
-            return prompt
+            return world["offline_head_s"] if world["endless"] else cluster.offline_arrival_s[job], True, prompt
     return None
 
 
