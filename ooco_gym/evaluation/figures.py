@@ -83,7 +83,7 @@ def _comparison_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylim(bottom=0.0)
     axis.set_xlabel("online SLO violations [%]")
     axis.set_ylabel("offline output [tokens/s]")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower right")
 
 
 def _knob_axis(axis: Axes, knob: Knob) -> None:
