@@ -216,10 +216,13 @@ def complete_finished(c, instance):
 
 @kernel
 def cancel_pull(c, slot):
+    """Call off the pull of a request that finished, was evicted or found no room."""
     record = c.slots[slot]
     if record.leaving == 1:
         record.leaving = 0
         c.instances[record.target].pulled_slot = NONE
+        if c.instances[record.target].activity == DECODING:
+            cut(c, record.target, c.world[0].now_s)  # its run was planned for no further pull
 
 
 @kernel
@@ -264,6 +267,8 @@ def evict(c, instance, slot):
     cancel_pull(c, slot)
     leave(c, instance, slot)
     release(c, instance, slot)
+    record = c.slots[slot]
+    record.computed = max(record.computed, record.context - 1)
     c.world[0].evictions += 1
     requeue(c, slot)
 

@@ -141,7 +141,7 @@ INSTANCE = np.dtype(
         ("batch_tokens", np.int64),
         ("batch_recomputed", np.int64),
         ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running here
-        ("held_offline", np.int64),  # offline requests prefilled here whose KV has not left yet
+        ("held_offline", np.int64),  # offline requests whose KV waits here or is on its way out
         # pull
         ("next_pull_s", np.float64),
         ("pulled_slot", np.int64),

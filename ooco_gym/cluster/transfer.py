@@ -24,8 +24,8 @@ from ooco_gym.cluster.residents import (
     wake,
 )
 from ooco_gym.cluster.rules import FCFS, evicts_for_online, placement_score
-from ooco_gym.cluster.run import advance_to_time, blocks_for
-from ooco_gym.cluster.state import HELD, INBOUND_OFFLINE, INBOUND_ONLINE, LINK, NONE, TRANSFER
+from ooco_gym.cluster.run import advance_to_time, blocks_for, cut
+from ooco_gym.cluster.state import DECODING, HELD, INBOUND_OFFLINE, INBOUND_ONLINE, LINK, NONE, TRANSFER
 
 
 @kernel
@@ -46,7 +46,8 @@ def start_transfer(c, slot, target):
     record.target = target
     advance_to_time(c, target, world.now_s)  # its free blocks as of now
     take_blocks(c, target, slot, blocks_for(c, record.context))
-    wake(c, target)  # less room than its run was planned with
+    if c.instances[target].activity == DECODING:
+        cut(c, target, world.now_s)  # less room than its run was planned with
     push_back(c, source, LINK, slot)
     if lists.length(c, source, LINK) == 1:
         schedule(c, world.instances + source, world.now_s + _service_s(c, slot))
@@ -66,6 +67,7 @@ def hand_over(c, slot):
     target = world.relaxed
     best = math.inf
     for instance in range(world.relaxed, world.instances):
+        advance_to_time(c, instance, world.now_s)  # its KV as of now
         score = placement_score(c, instance, slot)
         if score < best:
             target, best = instance, score
@@ -123,6 +125,7 @@ def start_granted_pulls(c, source):
             leave(c, source, slot)
             record.leaving = 0
             world.migrations += 1
+            c.instances[source].held_offline += 1
             start_transfer(c, slot, target)
         else:
             cancel_pull(c, slot)
@@ -137,7 +140,7 @@ def transfer_end(c, source):
     target = record.target
     if c.instances[target].pulled_slot == slot:
         c.instances[target].pulled_slot = NONE
-    elif record.online == NONE:
+    if record.online == NONE:
         c.instances[source].held_offline -= 1
     release(c, source, slot)
     record.blocks = blocks_for(c, record.context)

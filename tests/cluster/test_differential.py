@@ -20,7 +20,110 @@ from tests.reference.compare import run_both
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 
 # Cases on which the first kernel and the specification differed, shrunk by hypothesis; each names what went wrong.
-REGRESSIONS: dict[str, Case] = {}
+TIGHT = Case(
+    block_tokens=1,
+    max_batch_tokens=32,
+    max_seqs=1,
+    saturation_batch=1.0,
+    ttft_s=0.05,
+    tpot_s=0.01,
+    link_latency_s=0.0,
+    pull_interval_s=0.01,
+    online=0,
+    online_per_s=3.0,
+    offline_kind="endless",
+    offline=1,
+    prompt_max=20,
+    output_max=30,
+    horizon_s=1.0,
+)
+OOCO = {rule: choices[0] for rule, choices in RULES.items()}
+
+
+def _rules(**choices: str) -> tuple[str, ...]:
+    return tuple({**OOCO, **choices}.values())
+
+
+REGRESSIONS: dict[str, Case] = {
+    "placement reads the KV of a running decode batch as of its last event": replace(
+        TIGHT, strict=2, kv_blocks=(35, 35), rules=_rules(offline_decode="strict")
+    ),
+    "a pull that is off lets its puller, in the middle of a run, ask again only at the end of the run": replace(
+        TIGHT, kv_blocks=(35, 35), tpot_s=0.02
+    ),
+    "a reservation wakes an idle target": replace(
+        TIGHT, relaxed=3, kv_blocks=(17, 17), saturation_batch=2.5, online=3, offline=46, output_max=4, seed=1916
+    ),
+    "the head of the backlog is taken elsewhere, and the next would fit here": replace(
+        TIGHT, relaxed=2, kv_blocks=(73, 73), online=1, offline=4, prompt_max=100, output_max=4
+    ),
+    "the offline hand-overs wait behind an online one that does not fit": replace(
+        TIGHT,
+        kv_blocks=(112, 112),
+        online=6,
+        online_per_s=10.0,
+        prompt_max=100,
+        output_max=60,
+        seed=2,
+        rules=_rules(offline_decode="strict"),
+    ),
+    "the gate forgets pulled requests whose KV is still on its way out": replace(
+        TIGHT, kv_blocks=(17, 17), offline=2, output_max=4, seed=1
+    ),
+    "rounding in the sum of pending prefill seconds decides a tie": replace(
+        TIGHT,
+        relaxed=2,
+        kv_blocks=(53, 53),
+        block_tokens=4,
+        max_batch_tokens=128,
+        max_seqs=2,
+        scheduler_form="ooco-xllm",
+        link_latency_s=0.002,
+        online=65,
+        online_per_s=40.0,
+        prompt_max=100,
+        output_max=200,
+        seed=296,
+        horizon_s=3.0,
+    ),
+    "tokens whose KV a decode had computed count as new when they are prefilled": replace(
+        TIGHT, kv_blocks=(35, 35), saturation_batch=2.5
+    ),
+    "a sequence chosen and dropped in one decision loses the time of its last token": replace(
+        TIGHT,
+        strict=3,
+        kv_blocks=(49, 50),
+        block_tokens=7,
+        max_batch_tokens=512,
+        max_seqs=2,
+        saturation_batch=2.5,
+        true_form="ooco-xllm",
+        scheduler_form="ooco-xllm",
+        tpot_s=0.02,
+        pull_interval_s=0.5,
+        rules=_rules(placement="least_kv", mix_selection="exact", eviction="newest"),
+        online=5,
+        offline=13,
+        prompt_max=300,
+        output_max=100,
+        tie_s=0.05,
+        seed=1916,
+        horizon_s=3.0,
+    ),
+    "a held hand-over is evicted, and the next of its target's queue would fit": replace(
+        TIGHT,
+        relaxed=3,
+        strict=2,
+        kv_blocks=(213, 213),
+        rules=_rules(offline_decode="strict", mix_selection="exact"),
+        online=18,
+        online_per_s=40.0,
+        offline=13,
+        prompt_max=300,
+        output_max=4,
+    ),
+    "an endless table of jobs that are all too long": replace(TIGHT, kv_blocks=(17, 17), output_max=4, seed=7),
+}
 
 
 def _agree(case: Case) -> None:
