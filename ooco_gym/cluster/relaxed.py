@@ -22,6 +22,7 @@ from ooco_gym.cluster.residents import (
     requeue,
     select,
     take_blocks,
+    wake,
 )
 from ooco_gym.cluster.rules import ADMIT_NONE, DECODE_STRICT, FCFS
 from ooco_gym.cluster.run import advance, batch_noise, blocks_for, tbt_bin
@@ -59,16 +60,14 @@ def _offline_job_waits(c):
     world = c.world[0]
     if world.rule_admission == ADMIT_NONE or world.offline_jobs == 0:
         return False
-    passed = 0
     while world.endless == 1 or world.offline_taken < world.offline_arrived:
+        if world.rejected_offline == world.offline_taken >= world.offline_jobs:
+            return False  # an endless backlog of which nothing fits
         row = world.offline_taken % world.offline_jobs
         if fits_anywhere(c, c.offline_prompt[row], c.offline_output[row]):
             return True
         world.offline_taken += 1
         world.rejected_offline += 1
-        passed += 1
-        if passed > world.offline_jobs:
-            return False  # an endless backlog of which nothing fits
     return False
 
 
@@ -90,10 +89,19 @@ def _peek_offline(c):
 
 
 @kernel
+def _backlog_moved(c):
+    """The head of the backlog is another request now: it may fit where the last one did not."""
+    for instance in range(c.world[0].relaxed):
+        if c.instances[instance].head_too_large == 1:
+            wake(c, instance)
+
+
+@kernel
 def _take_offline(c):
     """Remove the head of the backlog into a slot."""
     world = c.world[0]
     if lists.length(c, world.instances, REQUEUED) > 0:
+        _backlog_moved(c)
         return pop_front(c, world.instances, REQUEUED)
     row = world.offline_taken % world.offline_jobs
     slot = pop_front(c, world.instances, FREE)
@@ -106,6 +114,7 @@ def _take_offline(c):
     world.offline_prompt_sum += record.prompt
     world.offline_head_s = world.now_s
     fresh_slot(c, slot)
+    _backlog_moved(c)
     return slot
 
 
@@ -181,7 +190,9 @@ def _offline_fits(c, instance, context):
     """Offline prefill leaves the reserved share of the KV free."""
     state = c.instances[instance]
     limit = (1.0 - c.knobs[KV_RESERVE]) * state.kv_blocks
-    return state.used_blocks + blocks_for(c, context + 1) <= limit
+    fits = state.used_blocks + blocks_for(c, context + 1) <= limit
+    state.head_too_large = 0 if fits else 1
+    return fits
 
 
 @kernel
@@ -219,6 +230,7 @@ def _batch_fcfs(c, instance):
         if not _batch_has_place(c, members, tokens, context):
             break
         if free_blocks(c, instance) < blocks_for(c, context + 1):
+            c.instances[instance].head_too_large = 1
             break
         if offline:
             slot = _take_offline(c)
@@ -355,8 +367,6 @@ def _complete_prefill(c, instance):
             _prefilled_offline(c, instance, slot)
         else:
             _prefilled_online(c, instance, slot)
-    if lists.length(c, instance, WAITING) == 0:
-        state.pending_s = 0.0  # drop the rounding left by the sums
 
 
 @kernel

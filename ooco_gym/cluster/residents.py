@@ -127,7 +127,8 @@ def unselect(c, instance, slot):
     record.context = context
     record.selected = 0
     record.blocks = blocks_for(c, context if state.grown == 1 else context - 1)
-    record.last_token_s = c.world[0].now_s
+    if record.last_token_s < 0.0:  # not when it was selected in this very decision
+        record.last_token_s = c.world[0].now_s
     state.changed = 1
 
 
@@ -239,7 +240,8 @@ def enqueue_online(c, slot, at_head):
     world.round_robin += 1
     record.instance = best
     record.phase = QUEUED
-    record.estimate_s = prefill_s(c.scheduler_cost[best], record.context)
+    # In units of 2^-40 s the sums of estimates are exact, so that equal loads are ties.
+    record.estimate_s = math.floor(prefill_s(c.scheduler_cost[best], record.context) * 2.0**40) * 2.0**-40
     c.instances[best].pending_s += record.estimate_s
     if at_head:
         push_front(c, best, WAITING, slot)
@@ -288,7 +290,9 @@ def _evict_held(c, instance):
             slot = record.prev
     if best == NONE:
         return False
-    remove(c, c.slots[best].target, INBOUND_OFFLINE, best)
+    target = c.slots[best].target
+    remove(c, target, INBOUND_OFFLINE, best)
+    wake(c, target)  # the next in that queue may fit
     release(c, instance, best)
     c.instances[instance].held_offline -= 1
     c.world[0].evictions += 1

@@ -140,7 +140,8 @@ INSTANCE = np.dtype(
         ("interrupted", np.int64),
         ("batch_tokens", np.int64),
         ("batch_recomputed", np.int64),
-        ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running here
+        ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running; exact sums
+        ("head_too_large", np.int64),  # the head of the backlog did not fit at the last decision
         ("held_offline", np.int64),  # offline requests whose KV waits here or is on its way out
         # pull
         ("next_pull_s", np.float64),

@@ -98,7 +98,7 @@ def admit_inbound(c, target):
         else:
             fits = free_blocks(c, target) >= blocks
         if not fits:
-            return
+            break
         pop_front(c, target, INBOUND_ONLINE)
         start_transfer(c, slot, target)
     while lists.length(c, target, INBOUND_OFFLINE) > 0:

@@ -111,9 +111,9 @@ class Backlog:
     def head(self) -> Request | None:
         if self.requeued:
             return self.requeued[0]
-        for _ in self.prompt:  # a whole endless table of jobs that do not fit is no work
-            if self.job or not (self.endless or self.passed < self.arrived):
-                break
+        while not self.job and (self.endless or self.passed < self.arrived):
+            if self.rejected == self.passed >= len(self.prompt):
+                break  # an endless table of which no row fits
             row = self.passed % len(self.prompt)
             if self.prompt[row] + self.output[row] <= self.most_tokens:
                 arrival_s = self.last_taken_s if self.endless else self.arrival_s[row]
