@@ -134,6 +134,7 @@ def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
     load_policy(folder / "policy")
 
 
+@pytest.mark.slow  # each starts Python, Hydra and torch
 @pytest.mark.parametrize(
     ("script", "arguments", "named"),
     [

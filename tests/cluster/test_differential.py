@@ -138,7 +138,7 @@ def test_former_disagreement(name):
 
 @given(case=cases())
 @example(case=Case(offline_kind="endless", offline=20, relaxed=2, strict=2, online=40))
-@settings(max_examples=1000, **SETTINGS)
+@settings(max_examples=300, **SETTINGS)
 def test_kernel_agrees_with_reference(case):
     _agree(case)
 
