@@ -8,10 +8,12 @@ import numpy as np
 
 from ooco_gym._jit import entry_point, kernel
 from ooco_gym.cluster import lists
+from ooco_gym.cluster.backlog import fits_anywhere, fresh_slot
 from ooco_gym.cluster.control import KNOB_COUNT, PREEMPT_SLACK
 from ooco_gym.cluster.lists import pop_front
+from ooco_gym.cluster.prefill import interrupt_at_layer
 from ooco_gym.cluster.queues import next_source, schedule, timer_pop
-from ooco_gym.cluster.relaxed import fits_anywhere, fresh_slot, interrupt_at_layer, relaxed_decision
+from ooco_gym.cluster.relaxed import relaxed_decision
 from ooco_gym.cluster.residents import enqueue_online, ring_second, wake
 from ooco_gym.cluster.rules import LAYER
 from ooco_gym.cluster.run import advance_to_time

@@ -1,0 +1,100 @@
+"""The offline backlog, shared by all relaxed instances: requeued work first, then the job list."""
+
+from __future__ import annotations
+
+from ooco_gym._jit import kernel
+from ooco_gym.cluster import lists
+from ooco_gym.cluster.lists import pop_front
+from ooco_gym.cluster.residents import wake
+from ooco_gym.cluster.rules import ADMIT_NONE
+from ooco_gym.cluster.run import blocks_for
+from ooco_gym.cluster.state import FREE, NONE, QUEUED, REQUEUED
+
+
+@kernel
+def fits_anywhere(c, prompt, output):
+    """Whether a request can ever be served: its whole KV must fit the smaller of the two pools' instances."""
+    world = c.world[0]
+    blocks = blocks_for(c, prompt + output)
+    return blocks <= c.instances[0].kv_blocks and blocks <= c.instances[world.instances - 1].kv_blocks
+
+
+@kernel
+def _offline_job_waits(c):
+    """Whether the job list offers a request now; jobs that no instance could hold are counted and passed over."""
+    world = c.world[0]
+    if world.rule_admission == ADMIT_NONE or world.offline_jobs == 0:
+        return False
+    while world.endless == 1 or world.offline_taken < world.offline_arrived:
+        if world.rejected_offline == world.offline_taken >= world.offline_jobs:
+            return False  # an endless backlog of which nothing fits
+        row = world.offline_taken % world.offline_jobs
+        if fits_anywhere(c, c.offline_prompt[row], c.offline_output[row]):
+            return True
+        world.offline_taken += 1
+        world.rejected_offline += 1
+    return False
+
+
+@kernel
+def offline_waits(c):
+    return lists.length(c, c.world[0].instances, REQUEUED) > 0 or _offline_job_waits(c)
+
+
+@kernel
+def peek_offline(c):
+    """(context tokens, since when on offer) of the request at the head of the backlog."""
+    world = c.world[0]
+    slot = lists.first(c, world.instances, REQUEUED)
+    if slot != NONE:
+        return c.slots[slot].context, c.slots[slot].arrival_s
+    row = world.offline_taken % world.offline_jobs
+    since_s = world.offline_head_s if world.endless == 1 else c.offline_arrival_s[row]
+    return int(c.offline_prompt[row]), since_s
+
+
+@kernel
+def _backlog_moved(c):
+    """The head of the backlog is another request now: it may fit where the last one did not."""
+    for instance in range(c.world[0].relaxed):
+        if c.instances[instance].head_too_large == 1:
+            wake(c, instance)
+
+
+@kernel
+def take_offline(c):
+    """Remove the head of the backlog into a slot."""
+    world = c.world[0]
+    if lists.length(c, world.instances, REQUEUED) > 0:
+        _backlog_moved(c)
+        return pop_front(c, world.instances, REQUEUED)
+    row = world.offline_taken % world.offline_jobs
+    slot = pop_front(c, world.instances, FREE)
+    record = c.slots[slot]
+    record.online = NONE
+    record.prompt = c.offline_prompt[row]
+    record.output = c.offline_output[row]
+    record.arrival_s = world.offline_head_s if world.endless == 1 else c.offline_arrival_s[row]
+    world.offline_taken += 1
+    world.offline_prompt_sum += record.prompt
+    world.offline_head_s = world.now_s
+    fresh_slot(c, slot)
+    _backlog_moved(c)
+    return slot
+
+
+@kernel
+def fresh_slot(c, slot):
+    """Set what every new request starts with."""
+    record = c.slots[slot]
+    record.phase = QUEUED
+    record.context = record.prompt
+    record.selected = 0
+    record.heap_at = NONE
+    record.blocks = 0
+    record.instance = NONE
+    record.target = NONE
+    record.leaving = 0
+    record.credited = 0
+    record.computed = 0
+    record.last_token_s = -1.0
