@@ -18,6 +18,7 @@ from agents.training import Training
 from ooco_gym.evaluation.command import (
     admit_scenario,
     compile_kernel,
+    control_interval,
     describe,
     guarded,
     launch,
@@ -25,6 +26,7 @@ from ooco_gym.evaluation.command import (
     plain,
     save_config,
     scenario_of,
+    whole,
 )
 
 
@@ -34,6 +36,9 @@ def main(config: DictConfig) -> None:
     settings: dict[str, Any] = plain(config)
     console = make_console()
     train = agents.load(settings["agent"]["name"])
+    agents.check(settings["agent"]["name"], settings["agent"])
+    seed, episodes = whole(settings, "seed", 0), whole(settings["evaluation"], "episodes", 1, "evaluation.")
+    interval_s, reward = control_interval(settings), instantiate(settings["reward"])
     rivals = [baselines.load(name) for name in settings["evaluation"]["baselines"]]
     scenario = scenario_of(settings)
     describe(scenario, console)
@@ -51,15 +56,16 @@ def main(config: DictConfig) -> None:
     run = Training(
         scenario=admission.scenario,
         config=settings["agent"],
-        reward=instantiate(settings["reward"]),
-        control_interval_s=settings["control_interval_s"],
-        seed=settings["seed"],
+        reward=reward,
+        control_interval_s=interval_s,
+        seed=seed,
         folder=folder,
         tracker=Tracker(**settings["logger"], folder=folder, name=folder.name, config=settings),
         console=console,
+        role=role,
     )
     policy = train(run)
-    close_run(run, policy, rivals, admission, role, settings["evaluation"]["episodes"])
+    close_run(run, policy, rivals, admission, episodes)
 
 
 if __name__ == "__main__":

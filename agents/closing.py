@@ -16,10 +16,20 @@ from ooco_gym.policy import NetworkPolicy, Policy
 
 
 def close_run(
-    run: Training, policy: NetworkPolicy, rivals: Sequence[Policy], admission: Admission, role: str, episodes: int
+    run: Training, policy: NetworkPolicy, rivals: Sequence[Policy], admission: Admission, episodes: int
 ) -> None:
     """Evaluate the trained policy, its untrained self and the rivals on the same episodes, none of them seen before."""
-    scenario = admission.scenario
+    try:
+        _close_run(run, policy, rivals, admission, episodes)
+    except KeyboardInterrupt:
+        run.console.print(f"interrupted: the best policy so far is {run.folder / 'policy'}, there is no table")
+        raise
+
+
+def _close_run(
+    run: Training, policy: NetworkPolicy, rivals: Sequence[Policy], admission: Admission, episodes: int
+) -> None:
+    scenario, role = admission.scenario, run.role
     case = Case(scenario, scenario.online.name, 1.0, admission.rate_scale, role, admission.violation_rate)
     comparison = Comparison(case, episode_seeds("evaluation", run.seed, episodes))
     policies: list[Policy] = [*rivals, run.untrained_policy(), policy]
@@ -31,6 +41,11 @@ def close_run(
     print_comparison(
         run.console, rows, f"{case.workload}, {episodes} fresh episodes of {scenario.episode_s:g} s{marks}"
     )
+    if not run.found_feasible:
+        run.console.print(
+            "[yellow]no policy stayed safely within 3 % violations in validation[/yellow]: kept the one of step "
+            f"{run.best_step}, which violates least; a higher reward.price or a looser slo may help"
+        )
     differences = {}
     for theirs in dict.fromkeys((run.untrained_name, "ooco")):
         if theirs in comparison.outcomes:
@@ -49,6 +64,7 @@ def close_run(
     results = {
         "role": role,
         "best_step": run.best_step,
+        "found_feasible": run.found_feasible,
         "interrupted": run.interrupted,
         "rows": rows,
         "paired_differences_of_offline_ideal_s_per_instance_s": differences,

@@ -7,6 +7,7 @@ The mean layer starts with zero weights and OOCO's action as its bias, so the un
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +46,36 @@ class PpoConfig:
     validate_every: int = 20_000
     validation_episodes: int = 12
 
-    def check(self) -> None:
-        for name in ("total_steps", "environments", "n_steps", "batch_size", "n_epochs", "validate_every"):
-            if getattr(self, name) < 1:
-                raise OocoError(f"agent.{name} is {getattr(self, name)}, it must be at least 1")
-        if not self.learning_rate > 0:
-            raise OocoError(f"agent.learning_rate is {self.learning_rate}, it must be positive")
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise OocoError(f"agent.{name} is {getattr(self, name)}, accepted is {low:g} to {high:g}")
+        if any(width < 1 for width in self.hidden):
+            raise OocoError(f"agent.hidden is {list(self.hidden)}, layer widths of at least 1 are accepted")
+
+
+_RANGES = {
+    "total_steps": (1, 1e12),
+    "environments": (1, 4096),
+    "n_steps": (2, 1e6),
+    "batch_size": (2, 1e9),
+    "n_epochs": (1, 1000),
+    "learning_rate": (1e-8, 1.0),
+    "gamma": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
+    "clip_range": (1e-3, 1.0),
+    "ent_coef": (0.0, 10.0),
+    "vf_coef": (0.0, 100.0),
+    "max_grad_norm": (1e-6, 1e6),
+    "initial_log_std": (-10.0, 2.0),
+    "validate_every": (1, 1e12),
+    "validation_episodes": (1, 10_000),
+}
+
+
+def configure(values: Mapping[str, Any]) -> PpoConfig:
+    """The checked config; raises OocoError naming the setting and what is accepted."""
+    return typed_config(PpoConfig, values, "agent")
 
 
 def build_model(run: Training, config: PpoConfig) -> PPO:
@@ -134,7 +159,7 @@ class _Report(BaseCallback):  # type: ignore[misc]
 
     def validate(self) -> None:
         step = self.validated_at = self.num_timesteps
-        policy = export(self.model, self.config.name, {"steps": step, "seed": self.run.seed})
+        policy = export(self.model, self.config.name, {"steps": step, "seed": self.run.seed, "role": self.run.role})
         summary = self.run.validate(policy, step, self.config.validation_episodes)
         values = {f"validation/{name}": estimate.value for name, estimate in summary.items()}
         self.run.history.append({"step": step, **values})
@@ -145,8 +170,7 @@ class _Report(BaseCallback):  # type: ignore[misc]
 
 def train(run: Training) -> NetworkPolicy:
     """Train until the step budget or Ctrl-C; returns the best feasible policy seen in validation."""
-    config = typed_config(PpoConfig, run.config, "agent")
-    config.check()
+    config = configure(run.config)
     model = build_model(run, config)
     columns = (
         TextColumn("{task.description}"),
@@ -162,6 +186,10 @@ def train(run: Training) -> NetworkPolicy:
             model.learn(config.total_steps, callback=report)
         except KeyboardInterrupt:
             run.interrupted = True
+        except ValueError as error:  # torch refuses a distribution of NaN
+            raise OocoError(
+                f"training diverged at step {model.num_timesteps}: lower agent.learning_rate ({config.learning_rate:g})"
+            ) from error
         if report.num_timesteps > report.validated_at:
             report.validate()
     return run.best_policy()

@@ -25,10 +25,17 @@ class Tracker:
         if mode == "disabled":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise OocoError("wandb is not installed: pip install 'ooco-gym[train]', or logger=none") from None
 
         settings = {"project": project, "name": name, "dir": str(folder), "mode": mode, "save_code": False}
-        self._run = wandb.init(**settings, config=dict(config))  # type: ignore[arg-type]
+        try:
+            self._run = wandb.init(**settings, config=dict(config))  # type: ignore[arg-type]
+        except Exception as error:  # wandb raises its own kinds, and the network's
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OocoError(f"W&B did not start ({reason}): logger.mode=offline or logger=none go without") from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Scalars at a training step."""

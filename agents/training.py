@@ -32,7 +32,11 @@ def typed_config(kind: type[Config], values: Mapping[str, Any], where: str) -> C
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)))
         typed = OmegaConf.to_object(merged)
+    except OocoError:
+        raise
     except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, OocoError):
+            raise error.__cause__ from None
         reason = str(error).splitlines()[0]
         raise OocoError(f"{where}.{error.full_key}: {reason}") from None
     assert isinstance(typed, kind)
@@ -51,6 +55,7 @@ class Training:
     folder: Path
     tracker: Tracker
     console: Console
+    role: str = "train"  # "demo" where the workload is validation or test data
     best_step: int = -1
     best: dict[str, Estimate] | None = None
     interrupted: bool = False
@@ -74,6 +79,11 @@ class Training:
             self.best, self.best_step = summary, step
             save_policy(policy, self.folder / "policy")
         return summary
+
+    @property
+    def found_feasible(self) -> bool:
+        """Whether any validated policy stayed safely within the feasible violation rate."""
+        return self.best is not None and _rank(self.best)[0]
 
     def best_policy(self) -> NetworkPolicy:
         """The best feasible policy validated so far, as saved."""

@@ -18,5 +18,11 @@ def load(name: str) -> Policy:
     """The baseline of that name; raises OocoError listing the known ones."""
     if name not in known():
         raise OocoError(f"unknown baseline '{name}': known are {', '.join(known())}, or a saved policy's folder")
-    policy: Policy = import_module(f"{__name__}.{name.replace('-', '_')}").POLICY
+    module = f"{name.replace('-', '_')}"
+    try:
+        policy = import_module(f"{__name__}.{module}").POLICY
+    except (AttributeError, SyntaxError) as error:
+        raise OocoError(f"baselines/{module}.py: {error}; it must define POLICY") from None
+    if not isinstance(policy, Policy):
+        raise OocoError(f"baselines/{module}.py: POLICY is {policy!r}, a Policy is needed")
     return policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ from ooco_gym.evaluation.admission import ADMITTED_VIOLATION_RATE, online_violat
 from ooco_gym.evaluation.command import (
     admit_scenario,
     compile_kernel,
+    control_interval,
     describe,
     guarded,
     launch,
+    listed,
     make_console,
     plain,
+    positive,
     save_config,
     scenario_of,
+    whole,
 )
 from ooco_gym.evaluation.figures import plot_comparison
 from ooco_gym.evaluation.report import print_comparison, write_json
@@ -38,17 +43,30 @@ from ooco_gym.policy import ConstantPolicy, Policy, load_policy
 
 
 def resolve_policy(entry: Any) -> Policy:
-    """A baseline's name, a saved policy's folder, or ``{baseline, name, knobs}``."""
+    """A baseline's name, a saved policy's folder, ``{baseline, name, knobs}`` or ``{policy, name}``."""
     if isinstance(entry, Mapping):
-        unknown = sorted(set(entry) - {"baseline", "name", "knobs"})
-        if unknown or "baseline" not in entry:
-            raise OocoError(f"policies: {dict(entry)} is not understood, accepted keys are baseline, name, knobs")
+        keys = set(entry)
+        if keys == {"policy", "name"}:
+            return replace(load_policy(str(entry["policy"])), name=str(entry["name"]))
+        if "baseline" not in keys or keys - {"baseline", "name", "knobs"}:
+            raise OocoError(
+                f"policies: {dict(entry)} is not understood, "
+                "accepted are {baseline, name, knobs} and {policy, name}"
+            )
         base = baselines.load(str(entry["baseline"]))
         knobs = dict(getattr(base, "knobs", {})) | dict(entry.get("knobs", {}))
         return ConstantPolicy(str(entry.get("name", f"{base.name}*")), base.rules, knobs)
-    if (Path(str(entry)) / "policy.json").is_file() or "/" in str(entry):
+    if Path(str(entry)).is_dir() or "/" in str(entry):
         return load_policy(str(entry))
     return baselines.load(str(entry))
+
+
+def resolve_workload(entry: Any) -> dict[str, Any]:
+    """A preset's name, or the path of a CSV trace of one's own."""
+    if str(entry).endswith((".csv", ".csv.gz")):
+        name = Path(str(entry)).name.removesuffix(".gz").removesuffix(".csv")
+        return {**presets.load("workload", "csv"), "name": name, "file": str(entry)}
+    return presets.load("workload", str(entry))
 
 
 def resolve_policies(entries: list[Any]) -> list[Policy]:
@@ -56,26 +74,27 @@ def resolve_policies(entries: list[Any]) -> list[Policy]:
     names = [policy.name for policy in policies]
     for name in names:
         if names.count(name) > 1:
-            raise OocoError(f"policies: two are called '{name}', give one of them another name")
+            raise OocoError(f"policies: two are called '{name}', name one {{policy: FOLDER, name: NAME}}")
     return policies
 
 
 def cases(settings: dict[str, Any], console: Console) -> list[Case]:
     """Every workload at every load, the online rate of load 1 set by the admission rule."""
     found = []
-    for workload in settings["workloads"]:
-        config = {**settings, "workload": presets.load("workload", str(workload))}
+    loads = [positive(load, "loads: an entry") for load in listed(settings, "loads")]
+    for workload in listed(settings, "workloads"):
+        config = {**settings, "workload": resolve_workload(workload)}
         scenario = scenario_of(config)
         compile_kernel(scenario, console)
         describe(scenario, console)
         admission = admit_scenario(scenario, config, console)
-        for load in settings["loads"]:
-            scale = admission.rate_scale * float(load)
+        for load in loads:
+            scale = admission.rate_scale * load
             scaled = scenario.with_rate_scale(scale)
             alone = admission.violation_rate if load == 1 else online_violation_rate(scaled)
             if alone > ADMITTED_VIOLATION_RATE:
                 console.print(f"[yellow]note[/yellow]: load {load:g} fails the admission rule ({alone:.1%} alone)")
-            found.append(Case(scaled, scenario.online.name, float(load), scale, scenario.online.role, alone))
+            found.append(Case(scaled, scenario.online.name, load, scale, scenario.online.role, alone))
     return found
 
 
@@ -84,24 +103,26 @@ def cases(settings: dict[str, Any], console: Console) -> list[Case]:
 def main(config: DictConfig) -> None:
     settings = plain(config)
     console = make_console()
-    policies = resolve_policies(settings["policies"])
-    if int(settings["seeds"]) < 1:
-        raise OocoError(f"seeds is {settings['seeds']}, it must be at least 1")
+    policies = resolve_policies(listed(settings, "policies"))
+    seeds = episode_seeds("evaluation", whole(settings, "seed", 0), whole(settings, "seeds", 1))
+    interval_s = control_interval(settings)
     folder = Path(HydraConfig.get().runtime.output_dir)
     save_config(settings, folder)
     rows: list[dict[str, Any]] = []
     try:
         for case in cases(settings, console):
-            comparison = Comparison(case, episode_seeds("evaluation", settings["seed"], int(settings["seeds"])))
+            comparison = Comparison(case, seeds)
             with Progress(console=console, transient=True) as progress:
                 total = len(policies) * len(comparison.seeds)
                 task = progress.add_task(f"{case.workload}, load {case.load:g}", total=total)
-                comparison.run(policies, settings["control_interval_s"], partial(progress.advance, task))
+                comparison.run(policies, interval_s, partial(progress.advance, task))
             rows += comparison.rows()
             title = f"{case.workload} ({case.role}), load {case.load:g}: {len(comparison.seeds)} paired episodes"
             print_comparison(console, comparison.rows(), title)
     except KeyboardInterrupt:
-        console.print("interrupted: keeping the workloads and loads that were finished")
+        console.print(f"interrupted: {'keeping what' if rows else 'nothing'} was finished")
+        if not rows:
+            raise
     if rows:
         write_json(folder / "results.json", {"rows": rows})
         plot_comparison(rows, folder / "comparison.png")

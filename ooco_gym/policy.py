@@ -152,6 +152,8 @@ def save_policy(policy: SavedPolicy, folder: str | Path) -> Path:
 def load_policy(folder: str | Path) -> SavedPolicy:
     """Read a policy folder; raises OocoError when it is missing, malformed or made for other knobs or observations."""
     folder = Path(folder)
+    if (folder / "policy" / "policy.json").is_file():
+        folder = folder / "policy"  # the folder of a training run
     path = folder / "policy.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -32,6 +32,8 @@ from ooco_gym.workload.build import offline_work, online_source
 from ooco_gym.workload.offline import OfflineWork
 from ooco_gym.workload.sources import OnlineSource
 
+MOST_REQUESTS = 20e6  # in one episode; a day of a busy fleet is a tenth of it
+
 #: The default preset of every group; ``conf/config.yaml`` names the same ones.
 DEFAULT_PRESETS = {
     "model": "qwen2.5-7b",
@@ -247,6 +249,8 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
 
     A group is a preset name or a mapping of its fields. Raises OocoError in one sentence on anything unusable.
     """
+    if config is not None and not isinstance(config, Mapping):
+        raise OocoError(f"scenario is {config!r}, a mapping such as {{'hardware': 'h100'}} is needed")
     config = dict(config or {})
     plain = ("episode_s", "warmup_s", "data_dir")
     unknown = sorted(set(config) - set(DEFAULT_PRESETS) - set(plain))
@@ -267,7 +271,24 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
         warmup_s=config.get("warmup_s", 60.0),
         settings=settings,
     )
+    _check_size(scenario)
     return replace(scenario, slo=_slo(_group(config, "slo"), scenario))
+
+
+def _check_size(scenario: Scenario) -> None:
+    """Refuse an episode that would not fit into memory."""
+    offline, horizon_s = scenario.offline, scenario.horizon_s
+    rate_per_s = offline.rate_per_s if offline.kind == "poisson" else None
+    expected = {
+        "online": scenario.online.mean_rate_per_s * horizon_s,
+        "offline": (rate_per_s or 0.0) * horizon_s + (offline.jobs or 0 if offline.kind == "jobs" else 0),
+    }
+    for which, requests in expected.items():
+        if requests > MOST_REQUESTS:
+            raise OocoError(
+                f"{requests:.3g} {which} requests in an episode of {horizon_s:g} s: at most {MOST_REQUESTS:.0e} are "
+                "accepted; lower the rate or the length of the episode"
+            )
 
 
 def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
@@ -284,7 +305,7 @@ def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
     for seconds, (multiple, unit_s) in forms.items():
         name = seconds if values.get(seconds) is not None else multiple  # seconds win where both are set
         value = values.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if value is None or not _is_number(value) or value <= 0:
             raise OocoError(f"slo.{name} is {value!r}: {seconds} or {multiple} must be a positive number")
         resolved[seconds] = float(value) * (unit_s if name == multiple else 1.0)
     return SloSpec(**resolved)

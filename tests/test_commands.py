@@ -104,6 +104,27 @@ def test_a_trained_policy_loads_and_compares(trained, tmp_path):
     assert (tmp_path / "compare" / "comparison.png").stat().st_size > 10_000
 
 
+def test_a_trace_and_two_runs_of_ones_own(trained, tmp_path):
+    folder, _ = trained
+    trace = tmp_path / "mine.csv"
+    rows = "\n".join(f"{second},{200 + second % 7},{20 + second % 5}" for second in range(300))
+    trace.write_text(f"arrival_s,prompt_tokens,output_tokens\n{rows}\n")
+    policies = f"policies=[{{policy: {folder}, name: a}},{{policy: {folder}, name: b}}]"
+    compared = tmp_path / "compare"
+    done = run("experiments/compare.py", f"workloads=[{trace}]", policies, "seeds=2", *SHORT, folder=compared)
+    assert done.returncode == 0, done.stderr
+    a, b = json.loads((compared / "results.json").read_text())["rows"]
+    assert (a["policy"], b["policy"], a["workload"]) == ("a", "b", "mine")
+    assert a["online_requests"] > 50 and a["violation_rate"] == b["violation_rate"]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = run("experiments/compare.py", folder=blocked / "run")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "hydra.run.dir" in done.stderr
+
+
 def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -155,6 +176,20 @@ def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
         ("experiments/compare.py", ["policies=[runs/absent/policy]"], ["runs/absent/policy", "policy.json"]),
         ("experiments/compare.py", ["workloads=[absent]"], ["unknown workload 'absent'", "azure-conv"]),
         ("experiments/compare.py", ["seeds=0"], ["seeds is 0", "at least 1"]),
+        ("experiments/compare.py", ["seeds=few"], ["seeds is 'few'", "whole number"]),
+        ("experiments/compare.py", ["loads=[-1]"], ["-1", "positive"]),
+        ("experiments/compare.py", ["workloads=azure-conv"], ["workloads is 'azure-conv'", "workloads=[...]"]),
+        ("experiments/compare.py", ["policies=[]"], ["policies is []", "at least one"]),
+        ("experiments/compare.py", ["policies=[ooco,ooco]"], ["two are called 'ooco'", "{policy: FOLDER, name: NAME}"]),
+        ("experiments/compare.py", ["control_interval_s=0"], ["control_interval_s is 0", "positive"]),
+        ("experiments/compare.py", ["episode_s=1e9"], ["requests in an episode", "at most"]),
+        ("train.py", ["evaluation.episodes=0"], ["evaluation.episodes is 0", "at least 1"]),
+        ("train.py", ["seed=-1"], ["seed is -1", "at least 0"]),
+        ("train.py", ["agent.gamma=2"], ["agent.gamma is 2", "0 to 1"]),
+        ("train.py", ["agent.hidden=[0]"], ["agent.hidden is [0]", "at least 1"]),
+        ("train.py", ["reward.price=-1"], ["reward.price is -1", "at least 0"]),
+        ("train.py", ["reward.price=dear"], ["reward.price is 'dear'", "number"]),
+        ("train.py", ["model.hf_config=absent.json"], ["absent.json", "config.json"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_a_failing_status(script, arguments, named, tmp_path):
@@ -169,5 +204,5 @@ def test_a_mistake_is_one_sentence_and_a_failing_status(script, arguments, named
 def test_help_teaches(script):
     done = run(script, "--help")
     assert done.returncode == 0
-    for part in ("python " + script, "workload: ", "azure-conv-2023", "Ctrl-C"):
+    for part in ("python " + script, "hardware", "a100", "azure-co", "Ctrl-C"):
         assert part in done.stdout

@@ -13,8 +13,10 @@ from ooco_gym.cluster.state import FREE, NONE, QUEUED, REQUEUED
 
 @kernel
 def fits_anywhere(c, prompt, output):
-    """Whether a request can ever be served: its whole KV must fit the smaller of the two pools' instances."""
+    """Whether a request can ever be served: within the model's context and the KV of either pool's instances."""
     world = c.world[0]
+    if prompt + output > world.max_context_tokens:
+        return False
     blocks = blocks_for(c, prompt + output)
     return blocks <= c.instances[0].kv_blocks and blocks <= c.instances[world.instances - 1].kv_blocks
 

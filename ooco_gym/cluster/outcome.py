@@ -51,8 +51,7 @@ class Outcome:
 
     @property
     def feasible(self) -> bool:
-        served = self.online_requests > 0 or self.rejected_online == 0
-        return served and self.violation_rate <= FEASIBLE_VIOLATION_RATE
+        return self.online_requests > 0 and self.violation_rate <= FEASIBLE_VIOLATION_RATE
 
     def to_dict(self) -> dict[str, float | int | bool]:
         return {**asdict(self), "feasible": self.feasible}

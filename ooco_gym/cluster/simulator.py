@@ -107,6 +107,7 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         "max_batch_tokens": spec.max_batch_tokens,
         "max_seqs": spec.max_seqs,
         "block_tokens": spec.block_tokens,
+        "max_context_tokens": scenario.model.max_context_tokens,
         "kv_bytes_per_token": scenario.model.kv_bytes_per_token,
         "link_bytes_per_s": spec.link_bytes_per_s,
         "link_latency_s": spec.link_latency_s,

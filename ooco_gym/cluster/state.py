@@ -55,6 +55,7 @@ WORLD = np.dtype(
         ("max_batch_tokens", np.int64),
         ("max_seqs", np.int64),
         ("block_tokens", np.int64),
+        ("max_context_tokens", np.int64),
         ("kv_bytes_per_token", np.float64),
         ("link_bytes_per_s", np.float64),
         ("link_latency_s", np.float64),

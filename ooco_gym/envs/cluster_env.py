@@ -105,7 +105,7 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         if simulator.now_s >= scenario.horizon_s:
             raise gym.error.ResetNeeded("the episode is over, reset() starts the next one")
         before = _counters(simulator)
-        simulator.set_knobs(action_to_knobs(np.nan_to_num(action)))
+        simulator.set_knobs(action_to_knobs(_checked(action)))
         until_s = min(simulator.now_s + self.control_interval_s, scenario.horizon_s)
         if scenario.horizon_s - until_s < 1e-6 * self.control_interval_s:
             until_s = scenario.horizon_s
@@ -145,6 +145,17 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
             gym.logger.warn('render() needs render_mode="ansi" or "rgb_array" at construction')
             return None
         return render_text(self._history[-1]) if self.render_mode == "ansi" else render_panel(self._history)
+
+
+def _checked(action: Any) -> npt.NDArray[np.float64]:
+    """The action as an array; raises OocoError on another shape and on anything that is not a finite number."""
+    try:
+        array = np.asarray(action, np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(0)
+    if array.shape != (KNOB_COUNT,) or not np.isfinite(array).all():
+        raise OocoError(f"action is {action!r}, {KNOB_COUNT} finite numbers in [-1, 1] are needed")
+    return array
 
 
 def _counters(simulator: Simulator) -> tuple[float, float, float, float]:

@@ -34,8 +34,8 @@ class IdealSeconds:
     price: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.price >= 0:
-            raise OocoError(f"reward.price is {self.price!r}, it must be at least 0")
+        if isinstance(self.price, bool) or not isinstance(self.price, (int, float)) or not self.price >= 0:
+            raise OocoError(f"reward.price is {self.price!r}, a number of at least 0 is needed")
 
     def __call__(self, interval: Interval) -> float:
         useful = interval.offline_ideal_s / (interval.interval_s * interval.instances)

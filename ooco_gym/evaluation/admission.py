@@ -32,11 +32,18 @@ class Admission:
 
 
 def online_violation_rate(scenario: Scenario, seed: int = 0, episodes: int = EPISODES) -> float:
-    """Pooled violation rate of online work alone; a rejected request counts as a violation here."""
+    """Pooled violation rate of online work alone; raises OocoError where there is no request to count."""
     seeds = episode_seeds("admission", seed, episodes)
     outcomes = run_episodes(ONLINE_ALONE, scenario.without_offline(), seeds)
-    violations = sum(outcome.violations for outcome in outcomes)
-    return violations / max(sum(outcome.online_requests for outcome in outcomes), 1)
+    counted = sum(outcome.online_requests for outcome in outcomes)
+    if counted == 0:
+        online = scenario.online
+        raise OocoError(
+            f"workload '{online.name}': no request to count in {episodes} episodes of {scenario.episode_s:g} s at "
+            f"{online.mean_rate_per_s:.3g} requests/s; arrival_s must be seconds from the start of the trace, and a "
+            "request counts if its deadline lies within the episode"
+        )
+    return sum(outcome.violations for outcome in outcomes) / counted
 
 
 def admit(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -30,9 +32,10 @@ def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     def run(config: DictConfig) -> None:
         try:
             main(config)
+        except InstantiationException as error:
+            _fail(str(error.__cause__ or error).splitlines()[0])
         except (OocoError, OmegaConfBaseException) as error:
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-            sys.exit(2)
+            _fail(str(error).splitlines()[0])
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -43,22 +46,60 @@ def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 def launch(main: Callable[[], None]) -> None:
     """Run a Hydra command; a mistake in its command line is one sentence, too."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print a dozen lines of its own and hide the reason
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     try:
         main()
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).partition("/")
-        known = ", ".join(error.options or [])
-        print(f"error: unknown {group} '{name}': known are {known}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"unknown {group} '{name}': known are {', '.join(error.options or [])}")
     except HydraException as error:
-        lines = [line for line in (*str(error).splitlines(), *str(error.__cause__ or "").splitlines()) if line.strip()]
-        print(f"error: {'; '.join(lines[:2])}; --help lists every setting", file=sys.stderr)
-        sys.exit(2)
+        reason = str(error).splitlines()[0].replace("Could not override", "unknown setting").rstrip(".")
+        _fail(f"{reason}; --help lists every setting")
+    except OSError as error:
+        _fail(f"{error.filename or 'the run folder'}: {error.strerror or error}; hydra.run.dir=FOLDER chooses another")
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def whole(settings: Mapping[str, Any], key: str, low: int, where: str = "") -> int:
+    """A whole number of at least ``low``; raises OocoError otherwise."""
+    value = settings[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise OocoError(f"{where}{key} is {value!r}, a whole number of at least {low} is needed")
+    return value
+
+
+def listed(settings: Mapping[str, Any], key: str) -> list[Any]:
+    """A list with something in it; raises OocoError otherwise."""
+    value = settings[key]
+    if not isinstance(value, list) or not value:
+        raise OocoError(f"{key} is {value!r}, a list such as {key}=[...] with at least one entry is needed")
+    return value
+
+
+def positive(value: Any, what: str) -> float:
+    """A positive finite number; raises OocoError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OocoError(f"{what} is {value!r}, a positive number is needed")
+    return float(value)
+
+
+def control_interval(settings: Mapping[str, Any]) -> float:
+    """The control interval, seconds; raises OocoError unless it is positive and at most the episode."""
+    interval_s = positive(settings["control_interval_s"], "control_interval_s")
+    if interval_s > positive(settings["episode_s"], "episode_s"):
+        raise OocoError(
+            f"control_interval_s is {interval_s:g}, at most episode_s ({settings['episode_s']:g}) is accepted"
+        )
+    return interval_s
 
 
 def make_console() -> Console:
-    """A console wide enough for the comparison table also where output goes to a file."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+    """A console that never cuts the comparison table where output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDE + 30)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -104,7 +145,7 @@ def describe(scenario: Scenario, console: Console) -> None:
     console.print(
         f"{scenario.model.name} on {cluster.relaxed} relaxed + {cluster.strict} strict {scenario.hardware.name}, "
         f"{scenario.kv_blocks * cluster.block_tokens:,} KV tokens each, B_sat {scenario.saturation_batch}; "
-        f"SLO: TTFT {slo.ttft_s * 1e3:.0f} ms, TPOT {slo.tpot_s * 1e3:.1f} ms; "
+        f"SLO: TTFT {slo.ttft_s * 1e3:.4g} ms, TPOT {slo.tpot_s * 1e3:.3g} ms; "
         f"offline {scenario.offline.kind}, prompt {scenario.offline.mean_prompt_tokens:,.0f}, "
         f"output {scenario.offline.mean_output_tokens:,.0f} tokens"
     )

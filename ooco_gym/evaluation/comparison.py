@@ -49,6 +49,7 @@ class Comparison:
     def _row(self, name: str, outcomes: list[Outcome]) -> dict[str, Any]:
         summary = summarise(outcomes)
         case = self.case
+        requests = sum(outcome.online_requests for outcome in outcomes)
         row: dict[str, Any] = {
             "policy": name,
             "workload": case.workload,
@@ -56,8 +57,8 @@ class Comparison:
             "rate_scale": case.rate_scale,
             "role": case.role,
             "seeds": len(outcomes),
-            "feasible": is_feasible(summary),
-            "online_requests": sum(outcome.online_requests for outcome in outcomes),
+            "feasible": requests > 0 and is_feasible(summary),
+            "online_requests": requests,
             "rejected_online": sum(outcome.rejected_online for outcome in outcomes),
             "rejected_offline": sum(outcome.rejected_offline for outcome in outcomes),
             "online_alone_violation_rate": case.online_violation_rate,

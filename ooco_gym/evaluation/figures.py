@@ -45,16 +45,16 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Offline throughput against violation rate, one panel per workload and load, intervals as bars."""
-    panels = sorted({(row["workload"], row["load"]) for row in rows})
+    panels = sorted({(row["workload"], row["load"], row["role"]) for row in rows})
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = _figure(5.0 * columns, 3.6 * lines)
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    for axis, (workload, load) in zip(axes.flat, panels, strict=False):
+    for axis, (workload, load, role) in zip(axes.flat, panels, strict=False):
         _comparison_panel(axis, [row for row in rows if (row["workload"], row["load"]) == (workload, load)])
-        axis.set_title(f"{workload}, load {load:g}", fontsize=10)
+        axis.set_title(f"{workload}, load {load:g}" + ("" if role == "train" else f", role={role}"), fontsize=10)
     return _save(figure, path)
 
 

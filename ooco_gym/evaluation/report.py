@@ -53,6 +53,8 @@ def comparison_table(rows: Sequence[Row], title: str, width: int = WIDE) -> Tabl
 
 def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:
     console.print(comparison_table(rows, title, console.width))
+    if rows and not rows[0]["online_requests"]:
+        console.print("[yellow]no online request was counted in these episodes[/yellow]: raise episode_s or the rate")
     console.print(
         "[dim]95 % bootstrap intervals over paired episodes. useful: finished offline work in ideal seconds per "
         "instance-second; wasted: busy time lost to interruption and recomputation.[/dim]"
@@ -60,7 +62,9 @@ def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:
     for key, what in (("rejected_online", "online"), ("rejected_offline", "offline")):
         rejected = max((row[key] for row in rows), default=0)
         if rejected:
-            console.print(f"{rejected} {what} requests were larger than any KV cache: rejected and counted apart.")
+            console.print(
+                f"{rejected} {what} requests exceeded the model's context or any KV cache: rejected and counted apart."
+            )
 
 
 def write_json(path: Path, content: Any) -> None:

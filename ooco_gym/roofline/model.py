@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,17 @@ class ModelSpec:
 def model_from_mapping(values: Mapping[str, Any], where: str = "model") -> ModelSpec:
     """Build a spec from a preset's keys; raises OocoError naming unknown or missing keys."""
     known = {field.name for field in fields(ModelSpec)}
-    given = {key: value for key, value in values.items() if key != "description"}
+    given = {key: value for key, value in values.items() if key not in ("description", "hf_config")}
     unknown = sorted(set(given) - known)
     if unknown:
         raise OocoError(f"{where}: unknown key '{unknown[0]}', accepted are {', '.join(sorted(known))}")
+    missing = [field.name for field in fields(ModelSpec) if field.default is MISSING and field.name not in given]
+    if missing:
+        raise OocoError(f"{where}: {', '.join(missing)} missing, accepted are {', '.join(sorted(known))}")
     try:
         return ModelSpec(**given)
     except TypeError as error:
-        raise OocoError(f"{where}: {error}, needed are {', '.join(sorted(known))}") from None
+        raise OocoError(f"{where}: {error}") from None
 
 
 def model_from_hf_config(path: str | Path) -> ModelSpec:
@@ -96,7 +99,8 @@ def model_from_hf_config(path: str | Path) -> ModelSpec:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for key in needed:
         if not isinstance(config.get(key), int):
-            raise OocoError(f"model config {path}: '{key}' is {config.get(key)!r}, an integer is needed")
+            what = f"is {config[key]!r}" if key in config else "is missing"
+            raise OocoError(f"model config {path}: '{key}' {what}, an integer is needed")
     heads = config["num_attention_heads"]
     return ModelSpec(
         name=str(config.get("_name_or_path") or path.parent.name or "model"),
