@@ -189,7 +189,7 @@ def test_an_unknown_preset_lists_the_known(group):
         ({"slo": {"ttft_s": 0, "tpot_s": 1}}, ["slo.ttft_s is 0", "positive"]),
         ({"slo": {"ttft_s": 1, "tpot_s": float("inf")}}, ["slo.tpot_s is inf", "positive"]),
         ({"slo": {"ttft_s": 1, "tpot_s": "fast"}}, ["slo.tpot_s is 'fast'"]),
-        ({"slo": {"ttft_s": 1, "tpot_floors": float("nan")}}, ["slo.tpot_s is nan", "positive"]),
+        ({"slo": {"ttft_s": 1, "tpot_floors": float("nan")}}, ["slo.tpot_floors is nan", "positive"]),
         ({"slo": {"ttft_s": 1}}, ["slo.tpot_floors is None", "tpot_s or tpot_floors must be a positive number"]),
         ({"cost": {"noise_sigma": -0.1}}, ["cost.noise_sigma is -0.1"]),
         ({"cost": {"host_s": float("nan")}}, ["cost.host_s is nan"]),

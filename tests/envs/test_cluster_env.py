@@ -52,7 +52,7 @@ def test_the_reward_by_hand():
     interval = Interval(interval_s=2.0, instances=4, offline_ideal_s=4.0, violations=3, mean_arrivals=10.0)
     assert IdealSeconds()(interval) == pytest.approx(0.5 - 1.5)
     assert IdealSeconds(price=0.0)(interval) == 0.5
-    with pytest.raises(OocoError, match=r"reward\.price is -1, it must be at least 0"):
+    with pytest.raises(OocoError, match=r"reward\.price is -1, a number of at least 0"):
         IdealSeconds(price=-1)
 
 
@@ -221,12 +221,19 @@ def test_rules_reach_the_cluster():
     assert env.rules == env.simulator.rules == rules
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_a_wild_action_does_not_break_the_episode(value):
+def test_an_action_beyond_the_bounds_saturates():
+    env, bounded = ClusterEnv(SHORT), ClusterEnv(SHORT)
+    env.reset(seed=0), bounded.reset(seed=0)
+    wild, one = np.full(KNOB_COUNT, 1e30, np.float32), np.ones(KNOB_COUNT, np.float32)
+    assert env.step(wild)[1] == bounded.step(one)[1]
+
+
+@pytest.mark.parametrize("action", [np.full(KNOB_COUNT, np.nan), np.full(KNOB_COUNT, np.inf), np.zeros(3), None, {}])
+def test_an_action_that_says_nothing_is_refused(action):
     env = ClusterEnv(SHORT)
     env.reset(seed=0)
-    observation, reward, *_ = env.step(np.full(KNOB_COUNT, value, np.float32))
-    assert env.observation_space.contains(observation) and np.isfinite(reward)
+    with pytest.raises(OocoError, match=f"{KNOB_COUNT} finite numbers"):
+        env.step(action)
 
 
 # Rendering.

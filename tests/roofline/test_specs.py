@@ -82,7 +82,7 @@ def test_absent_keys_of_older_configs_take_their_usual_values(tmp_path):
     [
         (
             {k: v for k, v in QWEN_7B.items() if k != "num_hidden_layers"},
-            ["'num_hidden_layers' is None", "integer"],
+            ["'num_hidden_layers' is missing", "integer"],
         ),
         (QWEN_7B | {"hidden_size": "3584"}, ["'hidden_size' is '3584'", "integer"]),
         (QWEN_7B | {"num_local_experts": 8}, ["'num_local_experts' is set", "dense"]),
