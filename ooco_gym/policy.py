@@ -142,7 +142,9 @@ def save_policy(policy: SavedPolicy, folder: str | Path) -> Path:
         arrays = {}
         for index, (weight, bias) in enumerate(policy.layers):
             arrays[f"weight_{index}"], arrays[f"bias_{index}"] = weight, bias
-        np.savez(folder / "weights.npz", **arrays)  # type: ignore[arg-type]
+        with open(folder / "weights.npz.part", "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        (folder / "weights.npz.part").replace(folder / "weights.npz")
     staged = folder / "policy.json.part"
     staged.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     staged.replace(folder / "policy.json")

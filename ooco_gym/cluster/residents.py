@@ -22,7 +22,6 @@ from ooco_gym.cluster.state import (
     HELD,
     IDLE,
     INBOUND_OFFLINE,
-    INBOUND_ONLINE,
     NONE,
     OFFLINE_DECODES,
     ONLINE_DECODES,
@@ -330,8 +329,3 @@ def grow(c, instance):
     state.used_blocks += online + offline
     state.online_blocks += online
     state.grown = 1
-
-
-@kernel
-def waiting_inbound(c, instance):
-    return lists.length(c, instance, INBOUND_ONLINE) + lists.length(c, instance, INBOUND_OFFLINE)

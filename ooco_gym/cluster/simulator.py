@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,34 @@ from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
 
 _COST_ERROR_FREE = ("layers", "hard_max")  # coefficients that are not seconds
+
+
+#: Arrays of a cluster that an episode never writes; copies of its state share them.
+_READ_ONLY = (
+    "true_cost",
+    "scheduler_cost",
+    "online_arrival_s",
+    "online_prompt",
+    "online_output",
+    "offline_arrival_s",
+    "offline_prompt",
+    "offline_output",
+)
+
+
+@dataclass(frozen=True)
+class SimulatorState:
+    """A snapshot taken by :meth:`Simulator.state`; opaque, valid for the episode it came from."""
+
+    cluster: Cluster
+    at_warmup: npt.NDArray[np.void]
+    rules: Mapping[str, str]
+    seed: int
+
+
+def _copy(cluster: Cluster) -> Cluster:
+    written = {name: getattr(cluster, name).copy() for name in Cluster._fields if name not in _READ_ONLY}
+    return cluster._replace(**written)
 
 
 class Simulator:
@@ -68,6 +97,17 @@ class Simulator:
     def set_knobs(self, knobs: npt.ArrayLike) -> None:
         """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
         set_knobs(self.cluster, check_knobs(knobs))
+
+    def state(self) -> SimulatorState:
+        """A copy of everything that the rest of the episode depends on; :meth:`restore` returns to it."""
+        return SimulatorState(_copy(self.cluster), self._at_warmup.copy(), dict(self.rules), self.seed)
+
+    def restore(self, state: SimulatorState) -> None:
+        """Go back to a state taken from this episode, bit for bit, however often; raises OocoError for another's."""
+        if (state.seed, state.rules) != (self.seed, self.rules):
+            raise OocoError(f"state is of episode seed {state.seed} under {state.rules}, this is {self.seed}")
+        self.cluster = _copy(state.cluster)
+        self._at_warmup = state.at_warmup.copy()
 
     def telemetry(self) -> Telemetry:
         """What a policy may know now."""

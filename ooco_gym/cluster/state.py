@@ -148,7 +148,6 @@ INSTANCE = np.dtype(
         ("next_pull_s", np.float64),
         ("pulled_slot", np.int64),
         ("pull_cursor", np.int64),
-        ("busy_until_s", np.float64),
     ]
 )
 

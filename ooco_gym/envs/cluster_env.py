@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ooco_gym.cluster import Simulator, action_to_knobs, observe
 from ooco_gym.cluster.control import KNOB_COUNT, check_rules
 from ooco_gym.cluster.observation import observation_bounds
+from ooco_gym.cluster.simulator import SimulatorState
 from ooco_gym.cluster.telemetry import Telemetry
 from ooco_gym.envs.render import render_panel, render_text
 from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
@@ -126,6 +127,20 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         if truncated:
             info["outcome"] = simulator.outcome().to_dict()
         return self._observe(), float(self.reward(interval)), False, truncated, info
+
+    def state(self) -> SimulatorState:
+        """A snapshot of the episode for lookahead and debugging; see :meth:`restore`."""
+        if self.simulator is None:
+            raise gym.error.ResetNeeded("state() needs a reset() first")
+        return self.simulator.state()
+
+    def restore(self, state: SimulatorState) -> Observation:
+        """Return to a snapshot of the running episode, bit for bit and as often as wanted; gives its observation."""
+        if self.simulator is None:
+            raise gym.error.ResetNeeded("restore() needs a reset() first")
+        self.simulator.restore(state)
+        self._history = [record for record in self._history if record["time_s"] < self.simulator.now_s]
+        return self._observe()
 
     def telemetry(self) -> Telemetry:
         """The record behind the last observation."""

@@ -236,6 +236,34 @@ def test_an_action_that_says_nothing_is_refused(action):
         env.step(action)
 
 
+# Snapshots.
+
+
+def test_a_restored_state_replays_the_same_bits():
+    env = ClusterEnv(SHORT, control_interval_s=0.3)
+    env.reset(seed=5)
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, KNOB_COUNT))
+    for action in actions[:4]:
+        seen = env.step(action)[0]
+    state = env.state()
+    first = [env.step(action)[:2] for action in actions[4:8]]
+    for action in actions[8:]:  # wander off another way, then come back twice
+        env.step(action)
+    for _ in range(2):
+        assert np.array_equal(env.restore(state), seen)
+        again = [env.step(action)[:2] for action in actions[4:8]]
+        assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first, again, strict=True))
+
+
+def test_a_state_of_another_episode_is_refused():
+    env = ClusterEnv(SHORT)
+    env.reset(seed=5)
+    state = env.state()
+    env.reset(seed=6)
+    with pytest.raises(OocoError, match="episode seed 5"):
+        env.restore(state)
+
+
 # Rendering.
 
 
