@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from rich.progress import Progress
 
 from agents.training import Training
-from ooco_gym.cluster import Simulator
 from ooco_gym.cluster.telemetry import Telemetry
-from ooco_gym.evaluation import Admission, Case, Comparison, episode_seeds
+from ooco_gym.evaluation import Admission, Case, Comparison, episode_seeds, run_episode
 from ooco_gym.evaluation.figures import plot_comparison, plot_knobs, plot_learning
 from ooco_gym.evaluation.report import print_comparison, write_json
 from ooco_gym.policy import NetworkPolicy, Policy
@@ -77,13 +76,14 @@ def _close_run(
 
 
 def _trajectory(run: Training, policy: Policy) -> list[Telemetry]:
-    """Telemetry of one evaluation episode under the policy."""
-    scenario = run.scenario
-    simulator = Simulator(scenario, policy.rules, episode_seeds("evaluation", run.seed, 1)[0])
-    simulator.run(scenario.warmup_s)
-    records = []
-    while simulator.now_s + run.control_interval_s <= scenario.horizon_s:
-        simulator.set_knobs(policy.decide(simulator.telemetry()))
-        simulator.run(simulator.now_s + run.control_interval_s)
-        records.append(simulator.telemetry())
+    """Telemetry of the first evaluation episode under the policy."""
+    records: list[Telemetry] = []
+    seed = episode_seeds("evaluation", run.seed, 1)[0]
+    run_episode(
+        policy,
+        run.scenario,
+        seed,
+        run.control_interval_s,
+        lambda simulator: records.append(simulator.telemetry()),
+    )
     return records

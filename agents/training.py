@@ -32,8 +32,6 @@ def typed_config(kind: type[Config], values: Mapping[str, Any], where: str) -> C
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)))
         typed = OmegaConf.to_object(merged)
-    except OocoError:
-        raise
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, OocoError):
             raise error.__cause__ from None

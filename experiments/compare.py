@@ -119,12 +119,12 @@ def main(config: DictConfig) -> None:
             rows += comparison.rows()
             title = f"{case.workload} ({case.role}), load {case.load:g}: {len(comparison.seeds)} paired episodes"
             print_comparison(console, comparison.rows(), title)
+            write_json(folder / "results.json", {"rows": rows})
     except KeyboardInterrupt:
         console.print(f"interrupted: {'keeping what' if rows else 'nothing'} was finished")
         if not rows:
             raise
     if rows:
-        write_json(folder / "results.json", {"rows": rows})
         plot_comparison(rows, folder / "comparison.png")
         console.print(f"results.json and comparison.png: {folder}")
 

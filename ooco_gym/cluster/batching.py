@@ -6,27 +6,24 @@ from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.backlog import offline_waits, peek_offline, take_offline
 from ooco_gym.cluster.control import GATE_BATCH, KV_RESERVE
-from ooco_gym.cluster.lists import pop_front, push_back, remove
+from ooco_gym.cluster.lists import pop_front, push_back
 from ooco_gym.cluster.residents import free_blocks, make_room_for_online, take_blocks
 from ooco_gym.cluster.run import blocks_for
 from ooco_gym.cluster.state import BATCH, NONE, OFFLINE_DECODES, WAITING
 
 
 @kernel
-def _residents_offline(c, instance):
-    return lists.length(c, instance, OFFLINE_DECODES) + c.instances[instance].held_offline
-
-
-@kernel
 def _gate_open(c, instance, members):
+    """Whether the gate admits another offline request beside those resident, on their way out, or in this batch."""
     state = c.instances[instance]
-    wanted = c.knobs[GATE_BATCH] * state.saturation_batch
-    return _residents_offline(c, instance) + members < wanted
+    here = lists.length(c, instance, OFFLINE_DECODES) + state.held_offline + members
+    return here < c.knobs[GATE_BATCH] * state.saturation_batch
 
 
 @kernel
-def _take_kv(c, instance, slot):
-    """Reserve prompt (or recomputed context) + 1 tokens."""
+def _enter_batch(c, instance, slot):
+    """Join the batch and reserve KV for prompt (or recomputed context) + 1 tokens."""
+    push_back(c, instance, BATCH, slot)
     record = c.slots[slot]
     record.instance = instance
     record.blocks = blocks_for(c, record.context + 1)
@@ -51,9 +48,8 @@ def batch_online(c, instance):
             break
         if not make_room_for_online(c, instance, blocks_for(c, context + 1)):
             break
-        remove(c, instance, WAITING, slot)
-        _take_kv(c, instance, slot)
-        push_back(c, instance, BATCH, slot)
+        pop_front(c, instance, WAITING)
+        _enter_batch(c, instance, slot)
         tokens += context
         members += 1
     return members
@@ -71,6 +67,7 @@ def _offline_fits(c, instance, context):
 
 @kernel
 def batch_offline(c, instance):
+    """From the head of the backlog, while the gate is open and the unreserved KV has room."""
     tokens = 0
     members = 0
     while offline_waits(c) and _gate_open(c, instance, members):
@@ -78,8 +75,7 @@ def batch_offline(c, instance):
         if not _batch_has_place(c, members, tokens, context) or not _offline_fits(c, instance, context):
             break
         slot = take_offline(c)
-        _take_kv(c, instance, slot)
-        push_back(c, instance, BATCH, slot)
+        _enter_batch(c, instance, slot)
         tokens += context
         members += 1
     return members
@@ -110,8 +106,7 @@ def batch_fcfs(c, instance):
             slot = take_offline(c)
         else:
             slot = pop_front(c, instance, WAITING)
-        _take_kv(c, instance, slot)
-        push_back(c, instance, BATCH, slot)
+        _enter_batch(c, instance, slot)
         tokens += context
         members += 1
     return members

@@ -8,7 +8,7 @@ from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import PULL_KV, TPOT_BOUND
 from ooco_gym.cluster.queues import first_finish_step, schedule
-from ooco_gym.cluster.residents import select, unselect
+from ooco_gym.cluster.residents import complete_finished, grow, select, unselect
 from ooco_gym.cluster.rules import PULL_NONE, mix_bound_s, mix_stride
 from ooco_gym.cluster.run import (
     advance,
@@ -19,7 +19,7 @@ from ooco_gym.cluster.run import (
     growth_steps_that_fit,
     tbt_bin,
 )
-from ooco_gym.cluster.state import DECODING, NONE, OFFLINE_DECODES, ONLINE_DECODES, STRICT
+from ooco_gym.cluster.state import DECODING, IDLE, NONE, OFFLINE_DECODES, ONLINE_DECODES, STRICT
 from ooco_gym.roofline.cost import decode_affine, decode_s
 
 #: The open implementation pulls while the last step took less than 0.9 of the TPOT SLO, plans the pulled batch to the
@@ -215,8 +215,27 @@ def _count_first_gaps(c, instance):
 
 
 @kernel
+def end_iteration(c, instance):
+    """The boundary of a decode run: finished sequences leave, the others grow."""
+    advance(c, instance, c.instances[instance].run_end)
+    complete_finished(c, instance)
+    grow(c, instance)
+
+
+@kernel
 def stop_decoding(c, instance):
     """Close the books of the last run when something other than the same batch follows."""
     state = c.instances[instance]
-    advance(c, instance, state.run_end)
     c.world[0].busy_s += boundary_s(state, state.done) - state.anchor_s
+
+
+@kernel
+def decode_or_idle(c, instance, was_decoding, next_look_s):
+    """Decode the selected batch; without one, idle until woken or until ``next_look_s``."""
+    if batch_size(c.instances[instance]) > 0:
+        start_run(c, instance, was_decoding)
+        return
+    if was_decoding:
+        stop_decoding(c, instance)
+    c.instances[instance].activity = IDLE
+    schedule(c, instance, next_look_s)

@@ -7,12 +7,10 @@ import math
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.batching import batch_fcfs, batch_offline, batch_online
-from ooco_gym.cluster.decode import batch_size, start_run, stop_decoding
+from ooco_gym.cluster.decode import decode_or_idle, end_iteration, stop_decoding
 from ooco_gym.cluster.prefill import complete_prefill, start_prefill
-from ooco_gym.cluster.queues import schedule
-from ooco_gym.cluster.residents import complete_finished, grow, select
+from ooco_gym.cluster.residents import select
 from ooco_gym.cluster.rules import FCFS
-from ooco_gym.cluster.run import advance
 from ooco_gym.cluster.state import DECODING, IDLE, NONE, OFFLINE_DECODES, PREFILLING_OFFLINE, PREFILLING_ONLINE
 from ooco_gym.cluster.transfer import start_granted_pulls
 
@@ -29,22 +27,18 @@ def _select_all(c, instance):
 @kernel
 def relaxed_decision(c, instance):
     """The end of an iteration, or a wake-up, of a relaxed instance."""
-    world = c.world[0]
     state = c.instances[instance]
     was_decoding = state.activity == DECODING
     if was_decoding:
-        advance(c, instance, state.run_end)
-        complete_finished(c, instance)
-        grow(c, instance)
+        end_iteration(c, instance)
     elif state.activity != IDLE:
         complete_prefill(c, instance)
         state.activity = IDLE
     start_granted_pulls(c, instance)
-    if world.rule_prefill_order == FCFS:
-        activity = PREFILLING_ONLINE
+    activity = PREFILLING_ONLINE
+    if c.world[0].rule_prefill_order == FCFS:
         members = batch_fcfs(c, instance)
     else:
-        activity = PREFILLING_ONLINE
         members = batch_online(c, instance)
         if members == 0:
             activity = PREFILLING_OFFLINE
@@ -55,10 +49,4 @@ def relaxed_decision(c, instance):
         start_prefill(c, instance, activity)
         return
     _select_all(c, instance)
-    if batch_size(state) > 0:
-        start_run(c, instance, was_decoding)
-        return
-    if was_decoding:
-        stop_decoding(c, instance)
-    state.activity = IDLE
-    schedule(c, instance, math.inf)
+    decode_or_idle(c, instance, was_decoding, math.inf)

@@ -11,16 +11,15 @@ from ooco_gym.cluster.decode import (
     PULL_TARGET_RATIO,
     batch_context,
     batch_size,
+    decode_or_idle,
+    end_iteration,
     mix_selection,
     pull_step_limit_s,
-    start_run,
-    stop_decoding,
 )
-from ooco_gym.cluster.queues import schedule
-from ooco_gym.cluster.residents import complete_finished, context_now, free_blocks, grow, wake
+from ooco_gym.cluster.residents import context_now, free_blocks, wake
 from ooco_gym.cluster.rules import PULL_NONE, migration_score
-from ooco_gym.cluster.run import advance, advance_to_time
-from ooco_gym.cluster.state import DECODING, IDLE, NONE, OFFLINE_DECODES
+from ooco_gym.cluster.run import advance_to_time
+from ooco_gym.cluster.state import DECODING, NONE, OFFLINE_DECODES
 from ooco_gym.cluster.transfer import admit_inbound
 from ooco_gym.roofline.cost import decode_affine
 
@@ -82,20 +81,13 @@ def strict_decision(c, instance):
     state = c.instances[instance]
     was_decoding = state.activity == DECODING
     if was_decoding:
-        advance(c, instance, state.run_end)
-        complete_finished(c, instance)
-        grow(c, instance)
+        end_iteration(c, instance)
     else:
         state.last_iteration_s = 0.0
     admit_inbound(c, instance)
     pull(c, instance)
     mix_selection(c, instance)
-    if batch_size(state) > 0:
-        start_run(c, instance, was_decoding)
-        return
-    if was_decoding:
-        stop_decoding(c, instance)
-    state.activity = IDLE
     # An idle instance has no steps to pull after; it steps emptily every pull interval instead.
     polls = world.rule_migration != PULL_NONE
-    schedule(c, instance, max(state.next_pull_s, world.now_s + world.pull_interval_s) if polls else math.inf)
+    next_look_s = max(state.next_pull_s, world.now_s + world.pull_interval_s) if polls else math.inf
+    decode_or_idle(c, instance, was_decoding, next_look_s)

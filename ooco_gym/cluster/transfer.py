@@ -54,12 +54,6 @@ def start_transfer(c, slot, target):
 
 
 @kernel
-def has_room(c, target, slot):
-    advance_to_time(c, target, c.world[0].now_s)
-    return free_blocks(c, target) >= blocks_for(c, c.slots[slot].context)
-
-
-@kernel
 def hand_over(c, slot):
     """After prefill: choose a strict instance and start the transfer, or wait for room at the source."""
     world = c.world[0]
@@ -76,7 +70,7 @@ def hand_over(c, slot):
     blocked = lists.length(c, target, INBOUND_ONLINE) > 0 or (
         which == INBOUND_OFFLINE and lists.length(c, target, INBOUND_OFFLINE) > 0
     )
-    if not blocked and has_room(c, target, slot):
+    if not blocked and free_blocks(c, target) >= blocks_for(c, record.context):
         start_transfer(c, slot, target)
         return
     record.phase = HELD

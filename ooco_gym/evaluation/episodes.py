@@ -11,21 +11,28 @@ from ooco_gym.policy import ConstantPolicy, Policy
 from ooco_gym.scenario import Scenario
 
 
-def run_episode(policy: Policy, scenario: Scenario, seed: int, control_interval_s: float = 1.0) -> Outcome:
-    """One whole episode: warm-up under OOCO's knobs, then ``policy`` every ``control_interval_s`` seconds."""
+def run_episode(
+    policy: Policy,
+    scenario: Scenario,
+    seed: int,
+    control_interval_s: float = 1.0,
+    on_step: Callable[[Simulator], None] | None = None,
+) -> Outcome:
+    """One whole episode: warm-up under OOCO's knobs, then ``policy`` every ``control_interval_s`` seconds.
+
+    ``on_step`` sees the simulator after every control interval. Without it, a constant policy runs in one piece, which
+    gives the same bits: control intervals are invisible where no knob changes.
+    """
     simulator = Simulator(scenario, policy.rules, seed)
     policy.reset()
-    if isinstance(policy, ConstantPolicy):
-        # A rule scheduler is itself from the start: nothing to warm up to, nothing to ask again.
-        simulator.set_knobs(policy.vector)
-        simulator.run(scenario.warmup_s)
-        simulator.run(scenario.horizon_s)
-        return simulator.outcome()
     simulator.run(scenario.warmup_s)
-    steps = max(round(scenario.episode_s / control_interval_s), 1)
+    in_one_piece = isinstance(policy, ConstantPolicy) and on_step is None
+    steps = 1 if in_one_piece else max(round(scenario.episode_s / control_interval_s), 1)
     for step in range(1, steps + 1):
         simulator.set_knobs(policy.decide(simulator.telemetry()))
         simulator.run(scenario.horizon_s if step == steps else scenario.warmup_s + step * control_interval_s)
+        if on_step is not None:
+            on_step(simulator)
     return simulator.outcome()
 
 
