@@ -5,7 +5,6 @@ Built from preset names or mappings (Hydra's resolved config has the same shape)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -16,7 +15,6 @@ import numpy as np
 from ooco_gym import presets
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import (
-    FORMS,
     HardwareSpec,
     ModelSpec,
     build_cost,
@@ -28,6 +26,7 @@ from ooco_gym.roofline import (
     saturation_batch,
 )
 from ooco_gym.roofline.cost import causal_pairs
+from ooco_gym.specs import ClusterSpec, CostSpec, FaultSpec, SloClass, SloSpec, faults_from_mapping, is_number
 from ooco_gym.workload.build import offline_work, online_source
 from ooco_gym.workload.offline import OfflineWork
 from ooco_gym.workload.sources import OnlineSource
@@ -43,83 +42,11 @@ DEFAULT_PRESETS = {
     "cost": "calibrated",
     "workload": "azure-conv",
     "offline": "sharegpt-8k",
+    "faults": "none",
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class ClusterSpec:
-    """Instances, their limits and the links between them."""
-
-    relaxed: int = 2
-    strict: int = 2
-    tensor_parallel: int = 1
-    max_batch_tokens: int = 8192
-    max_seqs: int = 256
-    block_tokens: int = 16
-    memory_utilization: float = 0.9
-    link_bytes_per_s: float = 25e9
-    link_latency_s: float = 0.002
-    pull_interval_s: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("relaxed", "strict", "tensor_parallel", "max_batch_tokens", "max_seqs", "block_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise OocoError(f"cluster.{name} is {value!r}, it must be an integer of at least 1")
-        if not (_is_number(self.memory_utilization) and 0.0 < self.memory_utilization <= 1.0):
-            raise OocoError(
-                f"cluster.memory_utilization is {self.memory_utilization!r}, accepted is above 0, at most 1"
-            )
-        for name in ("link_bytes_per_s", "pull_interval_s"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise OocoError(f"cluster.{name} is {getattr(self, name)!r}, it must be a positive number")
-        if not (_is_number(self.link_latency_s) and self.link_latency_s >= 0):
-            raise OocoError(f"cluster.link_latency_s is {self.link_latency_s!r}, it must be at least 0")
-
-
-@dataclass(frozen=True)
-class SloSpec:
-    """Online service level objectives, seconds: time to first token, time per output token."""
-
-    ttft_s: float = 0.5
-    tpot_s: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("ttft_s", "tpot_s"):
-            value = getattr(self, name)
-            if not (_is_number(value) and value > 0):
-                raise OocoError(f"slo.{name} is {value!r}, it must be a positive number of seconds")
-
-
-@dataclass(frozen=True)
-class CostSpec:
-    """The two clocks: what times the cluster and what schedulers predict with, and how the first one errs.
-
-    ``noise_sigma`` is the lognormal error of each batch, ``bias_sigma`` that of a whole episode; ``host_s`` is the
-    serving engine's own time per iteration.
-    """
-
-    true_form: str = "calibrated"
-    scheduler_form: str = "calibrated"
-    host_s: float = 0.001
-    noise_sigma: float = 0.05
-    bias_sigma: float = 0.03
-
-    def __post_init__(self) -> None:
-        for name in ("host_s", "noise_sigma", "bias_sigma"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < 1):
-                raise OocoError(f"cost.{name} is {value!r}, accepted is at least 0 and below 1")
-        for name in ("true_form", "scheduler_form"):
-            if getattr(self, name) not in FORMS:
-                raise OocoError(f"cost.{name} is {getattr(self, name)!r}, known are {', '.join(FORMS)}")
-
-
-Spec = TypeVar("Spec", ClusterSpec, SloSpec, CostSpec)
+Spec = TypeVar("Spec", ClusterSpec, CostSpec)
 
 
 def _spec(kind: type[Spec], values: Mapping[str, Any], group: str) -> Spec:
@@ -146,21 +73,26 @@ class Scenario:
     offline: OfflineWork
     episode_s: float = 600.0
     warmup_s: float = 60.0
+    faults: FaultSpec = FaultSpec()
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.episode_s) and self.episode_s > 0):
+        if not (is_number(self.episode_s) and self.episode_s > 0):
             raise OocoError(f"episode_s is {self.episode_s!r}, it must be a positive number of seconds")
-        if not (_is_number(self.warmup_s) and self.warmup_s >= 0):
+        if not (is_number(self.warmup_s) and self.warmup_s >= 0):
             raise OocoError(f"warmup_s is {self.warmup_s!r}, it must be at least 0 seconds")
-        if self.kv_blocks < 1:
-            need = self.model.weight_bytes / self.cluster.tensor_parallel / 1e9
-            have = self.hardware.hbm_bytes * self.cluster.memory_utilization / 1e9
-            raise OocoError(
-                f"model '{self.model.name}' does not fit '{self.hardware.name}': {need:.0f} GB of weights per device "
-                f"at tensor_parallel={self.cluster.tensor_parallel}, {have:.0f} GB usable; "
-                "raise cluster.tensor_parallel"
-            )
+        for outage in self.faults.outages:
+            if outage.instance >= self.instances:
+                raise OocoError(f"faults.outages: no instance {outage.instance} among {self.instances}, counted from 0")
+        for device, blocks in zip(self.instance_hardware, self.instance_kv_blocks, strict=True):
+            if blocks < 1:
+                need = self.model.weight_bytes / self.cluster.tensor_parallel / 1e9
+                have = device.hbm_bytes * self.cluster.memory_utilization / 1e9
+                raise OocoError(
+                    f"model '{self.model.name}' does not fit '{device.name}': {need:.0f} GB of weights per device "
+                    f"at tensor_parallel={self.cluster.tensor_parallel}, {have:.0f} GB usable; "
+                    "raise cluster.tensor_parallel"
+                )
 
     @property
     def horizon_s(self) -> float:
@@ -168,61 +100,108 @@ class Scenario:
 
     @property
     def instances(self) -> int:
-        return self.cluster.relaxed + self.cluster.strict
+        return self.cluster.instances
 
     @cached_property
+    def instance_hardware(self) -> tuple[HardwareSpec, ...]:
+        """The device of each instance."""
+        return self.cluster.hardware_of(self.hardware)
+
+    @property
     def kv_blocks(self) -> int:
-        """KV blocks of one instance: usable memory of its devices less the weights."""
-        cluster, devices = self.cluster, self.cluster.tensor_parallel
-        kv_bytes = devices * self.hardware.hbm_bytes * cluster.memory_utilization - self.model.weight_bytes
-        replicas = max(devices / self.model.kv_heads, 1.0)  # KV heads are copied where there are more ranks than heads
-        return int(kv_bytes // (self.model.kv_bytes_per_token * replicas * cluster.block_tokens))
+        """KV blocks of the smallest instance."""
+        return min(self.instance_kv_blocks)
+
+    @cached_property
+    def instance_kv_blocks(self) -> tuple[int, ...]:
+        """KV blocks of each instance: usable memory of its devices less the weights, or as the cluster says."""
+        given = self.cluster.kv_blocks
+        if given is not None:
+            return (given,) * self.instances if isinstance(given, int) else tuple(given)
+        devices = self.cluster.tensor_parallel
+        return tuple(
+            self._blocks(devices * hardware.hbm_bytes * self.cluster.memory_utilization - self.model.weight_bytes)
+            for hardware in self.instance_hardware
+        )
+
+    @property
+    def host_blocks(self) -> int:
+        """KV blocks that fit into the host memory of an instance."""
+        return self._blocks(self.cluster.host_kv_bytes)
+
+    def _blocks(self, kv_bytes: float) -> int:
+        # KV heads are copied where there are more ranks than heads
+        replicas = max(self.cluster.tensor_parallel / self.model.kv_heads, 1.0)
+        return int(kv_bytes // (self.model.kv_bytes_per_token * replicas * self.cluster.block_tokens))
 
     @cached_property
     def true_cost(self) -> np.ndarray:
-        return self._cost(self.cost.true_form)
+        """What times each instance, [instances] COST."""
+        return self._costs(self.cost.true_form)
 
     @cached_property
     def scheduler_cost(self) -> np.ndarray:
-        return self._cost(self.cost.scheduler_form)
+        """What schedulers predict each instance with, [instances] COST."""
+        return self._costs(self.cost.scheduler_form)
 
-    def _cost(self, form: str) -> np.ndarray:
-        return build_cost(self.model, self.hardware, form, self.cluster.tensor_parallel, self.cost.host_s)
+    def _costs(self, form: str) -> np.ndarray:
+        tp, host_s = self.cluster.tensor_parallel, self.cost.host_s
+        return np.concatenate([build_cost(self.model, device, form, tp, host_s) for device in self.instance_hardware])
 
     @cached_property
-    def saturation_batch(self) -> int:
-        """B_sat as the scheduler computes it."""
-        return saturation_batch(self.model, self.hardware, self.cost.scheduler_form, self.cluster.tensor_parallel)
+    def instance_saturation_batch(self) -> tuple[int, ...]:
+        """B_sat of each instance as the scheduler computes it."""
+        form, tp = self.cost.scheduler_form, self.cluster.tensor_parallel
+        return tuple(saturation_batch(self.model, device, form, tp) for device in self.instance_hardware)
+
+    @property
+    def saturation_batch(self) -> float:
+        """B_sat, the mean over the instances."""
+        return float(np.mean(self.instance_saturation_batch))
+
+    def _costs_of(self, *roles: int) -> list[np.void]:
+        """Scheduler costs of the distinct devices among the instances of some roles."""
+        rows = {
+            device: row
+            for row, (role, device) in enumerate(zip(self.cluster.roles, self.instance_hardware, strict=True))
+            if role in roles
+        }
+        return [self.scheduler_cost[row] for row in rows.values()]
 
     @cached_property
     def decode_floor_s(self) -> float:
-        """Predicted decode iteration of one online request of mean length."""
+        """Predicted decode iteration of one online request of mean length, on the slowest device that decodes it."""
         context = self.online.mean_prompt_tokens + 0.5 * self.online.mean_output_tokens
-        return float(decode_s(self.scheduler_cost[0], 1.0, context))
+        return max(float(decode_s(cost, 1.0, context)) for cost in self._costs_of(1, 2))
 
     @cached_property
     def mean_prefill_s(self) -> float:
-        """Predicted prefill of one online request of mean length."""
-        return float(prefill_s(self.scheduler_cost[0], float(round(self.online.mean_prompt_tokens))))
+        """Predicted prefill of one online request of mean length, on the slowest device that prefills it."""
+        tokens = float(round(self.online.mean_prompt_tokens))
+        roles = (0,) if self.cluster.relaxed else (2,)
+        return max(float(prefill_s(cost, tokens)) for cost in self._costs_of(*roles))
 
     @cached_property
     def ideal_prompt_token_s(self) -> float:
-        """Ideal seconds of an offline prompt token: its share of a full batch of mean-length offline prompts."""
+        """Ideal seconds of an offline prompt token: its share of a full batch of mean-length offline prompts, on the
+        mean device."""
         length = max(self.offline.mean_prompt_tokens, 1.0)
         count = max(self.cluster.max_batch_tokens / length, 1.0)
         tokens = count * length
-        cost = self.scheduler_cost[0]
         pairs = count * causal_pairs(length, 0.0)
-        batch_s = iteration_s(cost, tokens, pairs, tokens * length, tokens, count, 0.0, 0.0, 0.0)
-        return float(batch_s) / tokens
+        batch = (tokens, pairs, tokens * length, tokens, count, 0.0, 0.0, 0.0)
+        return float(np.mean([iteration_s(cost, *batch) for cost in self.scheduler_cost])) / tokens
 
     @cached_property
     def ideal_output_token_s(self) -> float:
-        """Ideal seconds of an offline output token: marginal decode cost of one more mean sequence at B_sat."""
+        """Ideal seconds of an offline output token: marginal decode cost of one more mean sequence at B_sat, on the mean
+        device."""
         context = self.offline.mean_prompt_tokens + 0.5 * self.offline.mean_output_tokens
-        batch = float(self.saturation_batch)
-        cost = self.scheduler_cost[0]
-        return float(decode_s(cost, batch + 1.0, (batch + 1.0) * context) - decode_s(cost, batch, batch * context))
+        marginal = []
+        for cost, saturated in zip(self.scheduler_cost, self.instance_saturation_batch, strict=True):
+            batch = float(saturated)
+            marginal.append(decode_s(cost, batch + 1.0, (batch + 1.0) * context) - decode_s(cost, batch, batch * context))
+        return float(np.mean(marginal))
 
     def with_rate_scale(self, rate_scale: float) -> Scenario:
         """The same scenario with its online rate multiplied."""
@@ -244,7 +223,7 @@ def _group(config: Mapping[str, Any], group: str) -> Mapping[str, Any]:
 
 
 def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
-    """Resolve a scenario from groups ``model, hardware, cluster, slo, cost, workload, offline`` and the plain keys
+    """Resolve a scenario from groups ``model, hardware, cluster, slo, cost, workload, offline, faults`` and the plain keys
     ``episode_s``, ``warmup_s``, ``data_dir``; everything has a default. Other keys are refused.
 
     A group is a preset name or a mapping of its fields. Raises OocoError in one sentence on anything unusable.
@@ -269,6 +248,7 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
         offline=offline_work(_group(config, "offline"), data_dir),
         episode_s=config.get("episode_s", 600.0),
         warmup_s=config.get("warmup_s", 60.0),
+        faults=faults_from_mapping(_group(config, "faults")),
         settings=settings,
     )
     _check_size(scenario)
@@ -291,21 +271,41 @@ def _check_size(scenario: Scenario) -> None:
             )
 
 
+_OBJECTIVES = {"ttft_s": "ttft_prefills", "tpot_s": "tpot_floors"}
+
+
 def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
     """Objectives in seconds, or in multiples of what the deployment needs for the mean request alone."""
-    forms = {
-        "ttft_s": ("ttft_prefills", scenario.mean_prefill_s),
-        "tpot_s": ("tpot_floors", scenario.decode_floor_s),
-    }
-    known = [*forms, *(multiple for multiple, _ in forms.values())]
+    known = [*_OBJECTIVES, *_OBJECTIVES.values(), "classes"]
     unknown = sorted(set(values) - set(known) - {"description", "name"})
     if unknown:
         raise OocoError(f"slo: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
-    resolved = {}
-    for seconds, (multiple, unit_s) in forms.items():
+    classes = values.get("classes") or {}
+    if not classes:
+        return SloSpec(*_objectives(values, "slo", scenario))
+    if not isinstance(classes, Mapping) or not all(isinstance(entry, Mapping) for entry in classes.values()):
+        raise OocoError(f"slo.classes is {classes!r}, a mapping from class names to share and objectives is needed")
+    resolved = tuple(_slo_class(str(name), entry, scenario) for name, entry in classes.items())
+    tightest = (min(entry.ttft_s for entry in resolved), min(entry.tpot_s for entry in resolved))
+    return SloSpec(*tightest, classes=resolved)
+
+
+def _slo_class(name: str, values: Mapping[str, Any], scenario: Scenario) -> SloClass:
+    known = ["share", *_OBJECTIVES, *_OBJECTIVES.values()]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise OocoError(f"slo.classes.{name}: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
+    return SloClass(name, values.get("share", 1.0), *_objectives(values, f"slo.classes.{name}", scenario))
+
+
+def _objectives(values: Mapping[str, Any], where: str, scenario: Scenario) -> tuple[float, float]:
+    """(TTFT, TPOT) in seconds."""
+    units_s = {"ttft_s": scenario.mean_prefill_s, "tpot_s": scenario.decode_floor_s}
+    resolved = []
+    for seconds, multiple in _OBJECTIVES.items():
         name = seconds if values.get(seconds) is not None else multiple  # seconds win where both are set
         value = values.get(name)
-        if value is None or not _is_number(value) or value <= 0:
-            raise OocoError(f"slo.{name} is {value!r}: {seconds} or {multiple} must be a positive number")
-        resolved[seconds] = float(value) * (unit_s if name == multiple else 1.0)
-    return SloSpec(**resolved)
+        if value is None or not is_number(value) or value <= 0:
+            raise OocoError(f"{where}.{name} is {value!r}: {seconds} or {multiple} must be a positive number")
+        resolved.append(float(value) * (units_s[seconds] if name == multiple else 1.0))
+    return resolved[0], resolved[1]

@@ -71,10 +71,54 @@ KNOBS: tuple[Knob, ...] = (
         0.0,
         "share of a relaxed instance's KV kept free of offline work for the next online burst",
     ),
+    Knob(
+        "prefill_chunk",
+        128.0,
+        8192.0,
+        True,
+        8192.0,
+        "most offline prompt tokens in one uninterruptible piece; the top of the range is the whole prompt",
+    ),
+    Knob(
+        "strict_prefill",
+        0.0,
+        4096.0,
+        False,
+        0.0,
+        "offline prompt tokens that ride on a strict iteration, as far as tpot_bound allows (beyond the paper)",
+    ),
+    Knob(
+        "pushback",
+        0.5,
+        1.0,
+        False,
+        1.0,
+        "move offline decodes back to the relaxed pool while a strict instance's KV utilisation is above this; 1 is off",
+    ),
+    Knob(
+        "strict_share",
+        -0.5,
+        0.5,
+        False,
+        0.0,
+        "offset on the configured share of strict instances; one instance changes its role per 10 s",
+    ),
 )
 KNOB_NAMES = tuple(knob.name for knob in KNOBS)
 KNOB_COUNT = len(KNOBS)
-PREEMPT_SLACK, GATE_BATCH, TPOT_BOUND, PULL_KV, PULL_LENGTH, KV_RESERVE = range(KNOB_COUNT)
+(
+    PREEMPT_SLACK,
+    GATE_BATCH,
+    TPOT_BOUND,
+    PULL_KV,
+    PULL_LENGTH,
+    KV_RESERVE,
+    PREFILL_CHUNK,
+    STRICT_PREFILL,
+    PUSHBACK,
+    STRICT_SHARE,
+) = range(KNOB_COUNT)
+WHOLE_PROMPT = KNOBS[PREFILL_CHUNK].high  # at this setting nothing is cut into pieces
 
 _LOW = np.array([knob.low for knob in KNOBS])
 _HIGH = np.array([knob.high for knob in KNOBS])
@@ -85,15 +129,16 @@ _LOG_SPAN = np.array([math.log(knob.high / knob.low) if knob.log else 0.0 for kn
 
 #: Rules are chosen once per episode; the first of each row is OOCO's.
 RULES: dict[str, tuple[str, ...]] = {
-    "admission": ("gate", "none"),
+    "admission": ("gate", "none", "unified"),
     "prefill_order": ("online_first", "fcfs"),
-    "preemption": ("layer", "iteration"),
+    "preemption": ("layer", "chunk", "iteration"),
     "routing": ("least_pending", "round_robin"),
     "offline_decode": ("relaxed", "strict"),
     "placement": ("least_online_kv", "least_kv"),
     "mix_selection": ("every_third", "exact", "all"),
     "migration": ("preferred_length", "longest", "none"),
     "eviction": ("offline_first", "newest"),
+    "evicted_kv": ("recompute", "host"),
 }
 RULE_NAMES = tuple(RULES)
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
+from ooco_gym.cluster.disruptions import cancellations, outages
 from ooco_gym.cluster.loop import NEEDS_SLOTS, prepare, run, set_knobs
 from ooco_gym.cluster.outcome import Outcome, measure
 from ooco_gym.cluster.state import (
@@ -17,11 +18,9 @@ from ooco_gym.cluster.state import (
     INSTANCE,
     LIST_COUNT,
     NONE,
-    RELAXED,
     RING_SECONDS,
     SECOND,
     SLOT,
-    STRICT,
     TBT_BINS,
     WORLD,
     Cluster,
@@ -40,6 +39,13 @@ _READ_ONLY = (
     "online_arrival_s",
     "online_prompt",
     "online_output",
+    "online_class",
+    "slo_s",
+    "cancel_s",
+    "cancel_request",
+    "fault_s",
+    "fault_instance",
+    "fault_up",
     "offline_arrival_s",
     "offline_prompt",
     "offline_output",
@@ -121,8 +127,6 @@ class Simulator:
 def _deployment(scenario: Scenario) -> npt.NDArray[np.void]:
     """A Telemetry record with the fields that do not change in an episode."""
     record = np.zeros(1, TELEMETRY)
-    record["relaxed_instances"] = scenario.cluster.relaxed
-    record["strict_instances"] = scenario.cluster.strict
     record["ttft_slo_s"] = scenario.slo.ttft_s
     record["tpot_slo_s"] = scenario.slo.tpot_s
     record["decode_floor_s"] = scenario.decode_floor_s
@@ -132,33 +136,41 @@ def _deployment(scenario: Scenario) -> npt.NDArray[np.void]:
 
 
 def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
-    online_seed, offline_seed, noise_seed, bias_seed = (
-        int(part.generate_state(1, np.uint64)[0]) for part in np.random.SeedSequence(seed).spawn(4)
+    online_seed, offline_seed, noise_seed, bias_seed, class_seed, fault_seed = (
+        int(part.generate_state(1, np.uint64)[0]) for part in np.random.SeedSequence(seed).spawn(6)
     )
     online = scenario.online.sample(online_seed, scenario.horizon_s)
     offline = scenario.offline.sample(offline_seed, scenario.horizon_s)
-    spec, slo = scenario.cluster, scenario.slo
+    spec, classes = scenario.cluster, scenario.slo.all_classes
     count, requests = scenario.instances, len(online.arrival_s)
+    cancel_s, cancel_request = cancellations(scenario.faults, online.arrival_s, fault_seed)
+    fault_s, fault_instance, fault_up = outages(scenario.faults, count, scenario.horizon_s, fault_seed)
 
     world = np.zeros(1, WORLD)
     values = {
         "instances": count,
         "relaxed": spec.relaxed,
+        "strict": spec.strict,
         "max_batch_tokens": spec.max_batch_tokens,
         "max_seqs": spec.max_seqs,
+        "chunk_tokens": spec.chunk_tokens,
         "block_tokens": spec.block_tokens,
         "max_context_tokens": scenario.model.max_context_tokens,
+        "smallest_kv_blocks": scenario.kv_blocks,
         "kv_bytes_per_token": scenario.model.kv_bytes_per_token,
         "link_bytes_per_s": spec.link_bytes_per_s,
         "link_latency_s": spec.link_latency_s,
-        "ttft_slo_s": slo.ttft_s,
-        "tpot_slo_s": slo.tpot_s,
+        "host_bytes_per_s": spec.host_bytes_per_s,
+        "slo_classes": len(classes),
+        "tightest_tpot_s": min(entry.tpot_s for entry in classes),
         "pull_interval_s": spec.pull_interval_s,
         "noise_sigma": scenario.cost.noise_sigma,
         "noise_seed": noise_seed,
         "measure_from_s": scenario.warmup_s,
         "measure_to_s": scenario.horizon_s,
         "online_requests": requests,
+        "routed_last": NONE,
+        "role_change_s": -math.inf,
         "endless": int(offline.endless),
         "offline_jobs": len(offline.prompt_tokens),
     }
@@ -168,14 +180,16 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         world[0][f"rule_{name}"] = RULES[name].index(choice)
 
     instances = np.zeros(count, INSTANCE)
-    instances["role"] = [RELAXED] * spec.relaxed + [STRICT] * spec.strict
-    instances["saturation_batch"] = scenario.saturation_batch
-    instances["kv_blocks"] = scenario.kv_blocks
-    instances["pulled_slot"] = NONE
+    instances["role"] = instances["becoming"] = spec.roles
+    instances["saturation_batch"] = scenario.instance_saturation_batch
+    instances["kv_blocks"] = scenario.instance_kv_blocks
+    instances["host_blocks"] = scenario.host_blocks
+    instances["pulled_slot"] = instances["pushed_slot"] = NONE
     instances["grown"] = 1
-    instances["pull_cursor"] = np.arange(count)
+    if spec.relaxed:  # strict instance i starts with relaxed instance i mod R: after the one before it
+        instances["pull_cursor"] = (np.arange(count) % spec.relaxed) - 1
 
-    true_cost = np.repeat(scenario.true_cost, count)
+    true_cost = scenario.true_cost.copy()
     bias = float(np.exp(scenario.cost.bias_sigma * np.random.default_rng(bias_seed).standard_normal()))
     for name in true_cost.dtype.names or ():
         if name not in _COST_ERROR_FREE:
@@ -184,6 +198,7 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
     lists[:, :, :2] = NONE
     ring = np.zeros(RING_SECONDS, SECOND)
     ring["second"] = -1
+    sources = 3 * count + 5
     cluster = Cluster(
         world=world,
         instances=instances,
@@ -191,16 +206,27 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         lists=lists,
         heaps=np.zeros((count, 0), np.int64),
         block_phase=np.zeros((count, 2, spec.block_tokens), np.int64),
-        times=np.zeros(2 * count + 2),
-        winners=np.zeros(2 * (1 << (2 * count + 1).bit_length()), np.int64),
+        times=np.zeros(sources),
+        winners=np.zeros(2 * (1 << (sources - 1).bit_length()), np.int64),
         knobs=ooco_knobs(),
         true_cost=true_cost,
-        scheduler_cost=np.repeat(scenario.scheduler_cost, count),
+        scheduler_cost=scenario.scheduler_cost.copy(),
         online_arrival_s=online.arrival_s,
         online_prompt=online.prompt_tokens,
         online_output=online.output_tokens,
+        online_class=_classes([entry.share for entry in classes], requests, class_seed),
+        online_slot=np.full(requests, NONE),
         online_first_s=np.full(requests, np.inf),
         online_finish_s=np.full(requests, np.inf),
+        online_gone_s=np.full(requests, np.inf),
+        slo_s=np.array([(entry.ttft_s, entry.tpot_s) for entry in classes]),
+        ttft_cursor=np.zeros(len(classes), np.int64),
+        class_decodes=np.zeros((count, len(classes)), np.int64),
+        cancel_s=cancel_s,
+        cancel_request=cancel_request,
+        fault_s=fault_s,
+        fault_instance=fault_instance,
+        fault_up=fault_up,
         timer_s=np.zeros(requests + 1),
         timer_request=np.zeros(requests + 1, np.int64),
         offline_arrival_s=offline.arrival_s,
@@ -212,11 +238,20 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
     return _with_more_slots(cluster)
 
 
+def _classes(shares: list[float], requests: int, seed: int) -> npt.NDArray[np.int64]:
+    """SLO class of each request, drawn in the order of arrival: the same under every policy."""
+    if len(shares) == 1:
+        return np.zeros(requests, np.int64)
+    edges = np.cumsum(shares) / np.sum(shares)
+    drawn = np.searchsorted(edges, np.random.default_rng(seed).random(requests), side="right")
+    return np.minimum(drawn, len(shares) - 1).astype(np.int64)
+
+
 def _with_more_slots(cluster: Cluster) -> Cluster:
     """The same cluster with twice the request slots (at first: enough for a decision on every relaxed instance)."""
     world = cluster.world[0]
     old = len(cluster.slots)
-    reserve = int((world["relaxed"] + 1) * world["max_seqs"])
+    reserve = int(world["max_seqs"]) + 1
     new = max(2 * old, reserve + 1024)
     slots = np.zeros(new, SLOT)
     slots[:old] = cluster.slots

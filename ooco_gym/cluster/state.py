@@ -18,26 +18,30 @@ import numpy.typing as npt
 from ooco_gym.cluster.control import RULE_NAMES
 
 # Roles of an instance.
-RELAXED, STRICT = 0, 1
+RELAXED, STRICT, UNIFIED = 0, 1, 2
 
-# What an instance is doing.
-IDLE, DECODING, PREFILLING_ONLINE, PREFILLING_OFFLINE = 0, 1, 2, 3
+# What an instance is doing. DECODING covers mixed iterations: a run of one iteration with prefill pieces in BATCH.
+IDLE, DECODING, PREFILLING_ONLINE, PREFILLING_OFFLINE, DOWN = 0, 1, 2, 3, 4
 
 # Lists of slots kept per instance; rows of ``Cluster.lists``. The last row belongs to the whole cluster.
 WAITING = 0  # online requests waiting for prefill here, first come first served
-BATCH = 1  # members of the running prefill
+BATCH = 1  # members of the running prefill, or prefill pieces of the running mixed iteration
 ONLINE_DECODES = 2  # resident online decodes, in order of arrival here
 OFFLINE_DECODES = 3  # resident offline decodes, in order of arrival here
 INBOUND_ONLINE = 4  # hand-overs to this instance that wait for room, KV held at their source
 INBOUND_OFFLINE = 5
 LINK = 6  # transfers queued on this instance's outgoing link; the head is on the wire
-LIST_COUNT = 7
+PARTIAL_ONLINE = 7  # prefills that have begun and are in no running batch
+PARTIAL_OFFLINE = 8
+CHECKPOINTS = 9  # evicted offline requests whose KV waits in this instance's host memory
+RESTORES = 10  # on the host link; the head is on the wire
+LIST_COUNT = 11
 # The cluster-wide row.
 FREE = 0  # unused slots
 REQUEUED = 1  # offline work that lost its KV, served before the backlog
 
 # Life of a slot.
-UNUSED, QUEUED, PREFILL, HELD, TRANSFER, RESIDENT = 0, 1, 2, 3, 4, 5
+UNUSED, QUEUED, PREFILL, HELD, TRANSFER, RESIDENT, PARTIAL, CHECKPOINT, RESTORE = 0, 1, 2, 3, 4, 5, 6, 7, 8
 
 NONE = -1
 
@@ -46,7 +50,8 @@ WORLD = np.dtype(
         # clock and counts, owned by the event loop
         ("now_s", np.float64),
         ("instances", np.int64),
-        ("relaxed", np.int64),
+        ("relaxed", np.int64),  # as configured; roles may change
+        ("strict", np.int64),
         ("slots", np.int64),
         ("events", np.int64),
         ("iterations", np.int64),  # logical iterations: what an iteration-by-iteration simulator would execute
@@ -55,12 +60,15 @@ WORLD = np.dtype(
         ("max_batch_tokens", np.int64),
         ("max_seqs", np.int64),
         ("block_tokens", np.int64),
+        ("chunk_tokens", np.int64),  # token budget of a unified instance's iteration
         ("max_context_tokens", np.int64),
+        ("smallest_kv_blocks", np.int64),
         ("kv_bytes_per_token", np.float64),
         ("link_bytes_per_s", np.float64),
         ("link_latency_s", np.float64),
-        ("ttft_slo_s", np.float64),
-        ("tpot_slo_s", np.float64),
+        ("host_bytes_per_s", np.float64),
+        ("slo_classes", np.int64),
+        ("tightest_tpot_s", np.float64),
         ("pull_interval_s", np.float64),
         ("noise_sigma", np.float64),
         ("noise_seed", np.uint64),
@@ -69,9 +77,11 @@ WORLD = np.dtype(
         # online source
         ("online_requests", np.int64),
         ("next_online", np.int64),
-        ("round_robin", np.int64),
-        ("ttft_cursor", np.int64),  # first online request whose TTFT deadline has not been judged
+        ("routed_last", np.int64),  # instance chosen by the last routing
         ("timer_count", np.int64),  # size of the heap of TPOT deadlines
+        ("next_cancel", np.int64),
+        ("next_fault", np.int64),
+        ("role_change_s", np.float64),  # when the last role change began
         # offline source
         ("endless", np.int64),
         ("offline_jobs", np.int64),  # rows of the length table
@@ -93,6 +103,14 @@ WORLD = np.dtype(
         ("preemptions", np.int64),
         ("evictions", np.int64),
         ("migrations", np.int64),
+        ("pushbacks", np.int64),
+        ("role_changes", np.int64),
+        ("checkpoints", np.int64),
+        ("restores", np.int64),
+        ("cancelled", np.int64),
+        ("failures", np.int64),
+        ("lost", np.int64),  # requests that lost their KV to a failure
+        ("mixed_iterations", np.int64),
         ("interrupted_s", np.float64),  # instance seconds thrown away by preemption
         ("recompute_s", np.float64),  # instance seconds spent on prefilling tokens again
         ("busy_s", np.float64),
@@ -106,6 +124,7 @@ WORLD = np.dtype(
 INSTANCE = np.dtype(
     [
         ("role", np.int64),
+        ("becoming", np.int64),  # the role it drains for; its role when it does not
         ("activity", np.int64),
         ("saturation_batch", np.float64),
         # KV cache in blocks; both counts include reservations for transfers on their way
@@ -139,15 +158,29 @@ INSTANCE = np.dtype(
         ("layer_count", np.float64),
         ("predicted_end_s", np.float64),
         ("interrupted", np.int64),
-        ("batch_tokens", np.int64),
-        ("batch_recomputed", np.int64),
+        # prefill pieces of the running iteration: what the cost model and the accounts need of them
+        ("piece_tokens", np.int64),
+        ("piece_offline_tokens", np.int64),
+        ("piece_recomputed", np.int64),
+        ("piece_causal", np.float64),
+        ("piece_full", np.float64),
+        ("piece_kv", np.int64),
+        ("longest", np.int64),  # longest selected context less ``steps``; NONE when it must be looked up
         ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running; exact sums
-        ("head_too_large", np.int64),  # the head of the backlog did not fit at the last decision
-        ("held_offline", np.int64),  # offline requests whose KV waits here or is on its way out
+        ("head_refused", np.int64),  # the last decision stopped at the head of the backlog: it did not fit
+        ("offline_here", np.int64),  # offline requests that hold KV here, in whatever state
+        ("incoming", np.int64),  # transfers on their way to this instance
+        ("cancelled", np.int64),  # residents that leave at the next decision
+        # host memory
+        ("host_blocks", np.int64),
+        ("host_used", np.int64),
         # pull
         ("next_pull_s", np.float64),
         ("pulled_slot", np.int64),
-        ("pull_cursor", np.int64),
+        ("pull_cursor", np.int64),  # instance asked last
+        # pushback
+        ("next_push_s", np.float64),
+        ("pushed_slot", np.int64),
     ]
 )
 
@@ -166,8 +199,11 @@ SLOT = np.dtype(
         ("instance", np.int64),
         ("target", np.int64),  # destination of a hand-over or pull
         ("leaving", np.int64),  # a pull was granted; leaves at the next boundary
-        ("credited", np.int64),
+        ("done", np.int64),  # tokens of the running prefill whose KV is there
+        ("piece", np.int64),  # tokens of it in the running iteration
+        ("credited", np.int64),  # prompt tokens credited to the reward
         ("computed", np.int64),  # high-water mark of tokens whose KV was computed
+        ("cancelled", np.int64),
         ("order", np.int64),
         ("arrival_s", np.float64),
         ("last_token_s", np.float64),
@@ -204,7 +240,7 @@ class Cluster(NamedTuple):
     lists: npt.NDArray[np.int64]  # [I + 1, LIST_COUNT, 3] head, tail, length
     heaps: npt.NDArray[np.int64]  # [I, S] slots keyed by their finishing step
     block_phase: npt.NDArray[np.int64]  # [I, 2, block_tokens] selected offline/online by (context - steps) % block
-    times: npt.NDArray[np.float64]  # [2 I + 2] next event of each source
+    times: npt.NDArray[np.float64]  # [3 I + 5] next event of each source
     winners: npt.NDArray[np.int64]  # [2 P] tournament over ``times``
     knobs: npt.NDArray[np.float64]  # [KNOB_COUNT]
     true_cost: npt.NDArray[np.void]  # [I] COST
@@ -212,8 +248,19 @@ class Cluster(NamedTuple):
     online_arrival_s: npt.NDArray[np.float64]  # [N]
     online_prompt: npt.NDArray[np.int32]  # [N]
     online_output: npt.NDArray[np.int32]  # [N]
+    online_class: npt.NDArray[np.int64]  # [N] SLO class
+    online_slot: npt.NDArray[np.int64]  # [N] slot while in flight, else NONE
     online_first_s: npt.NDArray[np.float64]  # [N] first token; inf until then, nan when rejected
     online_finish_s: npt.NDArray[np.float64]  # [N] last token; inf until then
+    online_gone_s: npt.NDArray[np.float64]  # [N] when its client went away before it finished; else inf
+    slo_s: npt.NDArray[np.float64]  # [K, 2] TTFT and TPOT objective of each class
+    ttft_cursor: npt.NDArray[np.int64]  # [K] first online request whose TTFT deadline has not been judged
+    class_decodes: npt.NDArray[np.int64]  # [I, K] online decodes resident, by class
+    cancel_s: npt.NDArray[np.float64]  # [C] when clients go away, in order
+    cancel_request: npt.NDArray[np.int64]  # [C]
+    fault_s: npt.NDArray[np.float64]  # [F] failures and recoveries, in order
+    fault_instance: npt.NDArray[np.int64]  # [F]
+    fault_up: npt.NDArray[np.int64]  # [F] 1: recovery
     timer_s: npt.NDArray[np.float64]  # [N] heap of TPOT deadlines of requests whose TTFT was met
     timer_request: npt.NDArray[np.int64]  # [N]
     offline_arrival_s: npt.NDArray[np.float64]  # [J], empty when endless
