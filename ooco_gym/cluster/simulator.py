@@ -53,8 +53,7 @@ class SimulatorState:
 
 
 def _copy(cluster: Cluster) -> Cluster:
-    written = {name: getattr(cluster, name).copy() for name in Cluster._fields if name not in _READ_ONLY}
-    return cluster._replace(**written)
+    return cluster.replace(**{name: getattr(cluster, name).copy() for name in Cluster.FIELDS if name not in _READ_ONLY})
 
 
 class Simulator:
@@ -257,4 +256,4 @@ def _with_more_slots(cluster: Cluster) -> Cluster:
     free[1] = new - 1
     free[2] += new - old
     world["slots"] = new
-    return cluster._replace(slots=slots, heaps=heaps)
+    return cluster.replace(slots=slots, heaps=heaps)

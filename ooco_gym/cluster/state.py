@@ -10,12 +10,14 @@ arrays over all online requests.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ooco_gym.cluster.control import KNOB_COUNT, RULE_NAMES
+from ooco_gym.cluster.handle import HandleType, register, table
+from ooco_gym.roofline import COST
 from ooco_gym.specs import MOST_CLASSES
 
 # Roles of an instance.
@@ -269,22 +271,52 @@ DISRUPTION = np.dtype([("time_s", np.float64), ("kind", np.int64), ("index", np.
 TRUE_COST, SCHEDULER_COST = 0, 1
 
 
-class Cluster(NamedTuple):
-    """Every array of one simulated cluster. I instances, S slots, N online requests, J offline jobs.
+_FIELDS = (
+    ("world", WORLD, 1),  # [1]
+    ("instances", INSTANCE, 1),  # [I]
+    ("slots", SLOT, 1),  # [S]
+    ("lists", np.dtype(np.int64), 3),  # [I + 1, LIST_COUNT, 3] head, tail, length
+    ("heaps", np.dtype(np.int64), 2),  # [I, S] slots keyed by their finishing step
+    ("block_phase", np.dtype(np.int64), 3),  # [I, 2, block_tokens] selected, by class and (context - steps) % block
+    ("queue", EVENT, 1),  # [2 P] next event of each source, and the tournament over them
+    ("costs", COST, 2),  # [I, 2] what times an instance, what schedulers predict with
+    ("online", ONLINE, 1),  # [N]
+    ("offline", OFFLINE, 1),  # [J]
+    ("timers", TIMER, 1),  # [N + 1] heap of TPOT deadlines of requests whose TTFT was met
+    ("disruptions", DISRUPTION, 1),  # [D] in order
+    ("ring", SECOND, 1),  # [RING_SECONDS]
+)
 
-    Few arrays of wide records: a compiled call passes every array it is given, so their number is the price of a call.
-    """
 
-    world: npt.NDArray[np.void]  # [1] WORLD
-    instances: npt.NDArray[np.void]  # [I] INSTANCE
-    slots: npt.NDArray[np.void]  # [S] SLOT
-    lists: npt.NDArray[np.int64]  # [I + 1, LIST_COUNT, 3] head, tail, length
-    heaps: npt.NDArray[np.int64]  # [I, S] slots keyed by their finishing step
-    block_phase: npt.NDArray[np.int64]  # [I, 2, block_tokens] selected offline/online by (context - steps) % block
-    queue: npt.NDArray[np.void]  # [2 P] EVENT: next event of each source, and the tournament over them
-    costs: npt.NDArray[np.void]  # [I, 2] COST: what times an instance, what schedulers predict with
-    online: npt.NDArray[np.void]  # [N] ONLINE
-    offline: npt.NDArray[np.void]  # [J] OFFLINE
-    timers: npt.NDArray[np.void]  # [N + 1] TIMER: heap of TPOT deadlines of requests whose TTFT was met
-    disruptions: npt.NDArray[np.void]  # [D] DISRUPTION, in order
-    ring: npt.NDArray[np.void]  # [RING_SECONDS] SECOND
+class Cluster:
+    """Every array of one simulated cluster, by name. I instances, S slots, N online requests, J offline jobs."""
+
+    FIELDS = tuple(name for name, _, _ in _FIELDS)
+    world: npt.NDArray[np.void]
+    instances: npt.NDArray[np.void]
+    slots: npt.NDArray[np.void]
+    lists: npt.NDArray[np.int64]
+    heaps: npt.NDArray[np.int64]
+    block_phase: npt.NDArray[np.int64]
+    queue: npt.NDArray[np.void]
+    costs: npt.NDArray[np.void]
+    online: npt.NDArray[np.void]
+    offline: npt.NDArray[np.void]
+    timers: npt.NDArray[np.void]
+    disruptions: npt.NDArray[np.void]
+    ring: npt.NDArray[np.void]
+
+    def __init__(self, **arrays: npt.NDArray[Any]) -> None:
+        for name, dtype, ndim in _FIELDS:
+            array = arrays[name]
+            assert (array.dtype, array.ndim) == (dtype, ndim), f"{name} is {array.dtype} [{array.ndim}]"
+            setattr(self, name, array)
+        self._table = table([arrays[name] for name in self.FIELDS])
+        self.address = int(self._table.ctypes.data)  # what compiled code gets
+
+    def replace(self, **arrays: npt.NDArray[Any]) -> Cluster:
+        """The same cluster with some arrays exchanged."""
+        return Cluster(**{**{name: getattr(self, name) for name in self.FIELDS}, **arrays})
+
+
+cluster_at = register(HandleType("Cluster", _FIELDS), Cluster)
