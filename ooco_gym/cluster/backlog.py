@@ -77,6 +77,7 @@ def take_offline(c):
     slot = pop_front(c, world.instances, FREE)
     record = c.slots[slot]
     record.online = NONE
+    record.serial = world.offline_taken
     record.prompt = c.offline[row].prompt
     record.output = c.offline[row].output
     record.arrival_s = world.offline_head_s if world.endless == 1 else c.offline[row].arrival_s

@@ -7,6 +7,7 @@ import math
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import PULL_KV, PUSHBACK, TPOT_BOUND
+from ooco_gym.cluster.log import is_on
 from ooco_gym.cluster.prefill import complete_pieces
 from ooco_gym.cluster.queues import first_finish_step, schedule
 from ooco_gym.cluster.residents import complete_finished, drop_cancelled, grow, longest_context, select, unselect
@@ -220,6 +221,8 @@ def start_run(c, instance, was_decoding):
         run_end = min(run_end, _first_pull_boundary(c, instance), _first_push_boundary(c, instance))
     state.activity = DECODING
     state.run_end = int(run_end)
+    if is_on(c):
+        state.run_end = state.done + 1
     schedule(c, instance, boundary_s(state, state.run_end))
 
 

@@ -11,6 +11,7 @@ from ooco_gym.cluster.control import KNOB_COUNT, PREEMPT_SLACK
 from ooco_gym.cluster.decode import end_iteration
 from ooco_gym.cluster.faults import cancel, fail, recover
 from ooco_gym.cluster.lists import pop_front
+from ooco_gym.cluster.log import ARRIVAL, REJECTED, note
 from ooco_gym.cluster.prefill import complete_prefill, interrupt_at_layer
 from ooco_gym.cluster.queues import (
     CLUSTER_SOURCES,
@@ -28,13 +29,13 @@ from ooco_gym.cluster.restore import restore_end
 from ooco_gym.cluster.roles import begin_role_change, change_role_if_drained, consider_roles
 from ooco_gym.cluster.rules import ITERATION
 from ooco_gym.cluster.run import advance_to_time
-from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, PREFILLING_OFFLINE, RELAXED, STRICT
+from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, NONE, PREFILLING_OFFLINE, RELAXED, STRICT
 from ooco_gym.cluster.strict import choose_strict
 from ooco_gym.cluster.transfer import start_granted_pulls, transfer_end
 from ooco_gym.cluster.unified import choose_unified
 
 #: What :func:`run` returns.
-REACHED, NEEDS_SLOTS = 0, 1
+REACHED, NEEDS_SLOTS, NEEDS_LOG = 0, 1, 2
 
 
 @kernel
@@ -91,11 +92,13 @@ def _online_arrival(c):
         record.arrival_s = world.now_s
         fresh_slot(c, slot)
         c.online[request].slot = slot
+        note(c, ARRIVAL, NONE, slot, prompt, output, c.online[request].slo_class, 0.0)
         instance = enqueue_online(c, slot, False)
         second.prefill_s += record.estimate_s
         _maybe_preempt(c, instance, slot)
     else:
         c.online[request].first_s = math.nan
+        note(c, REJECTED, NONE, NONE, request, 0, 0, 0.0)
         world.rejected_online += 1
     world.next_online = request + 1
     following = c.online[request + 1].arrival_s if request + 1 < world.online_requests else math.inf
@@ -132,11 +135,13 @@ def _disruption(c):
 def run(c, until_s):
     """Process every event up to and including ``until_s`` and account all running iterations up to it.
 
-    Returns REACHED, or NEEDS_SLOTS when the caller must provide more request slots and call again.
+    Returns REACHED, or NEEDS_SLOTS or NEEDS_LOG when the caller must provide more request slots, or room in the log,
+    and call again.
     """
     world = c.world[0]
     instances = world.instances
     reserve = world.max_seqs + 1  # no single event takes more
+    room = 6 * c.slots.shape[0] + 64  # more than a single event logs: it touches every request a few times at most
     while True:
         source = next_source(c)
         time_s = c.queue[source].time_s
@@ -144,6 +149,8 @@ def run(c, until_s):
             break
         if lists.length(c, instances, FREE) < reserve:
             return NEEDS_SLOTS
+        if c.log.shape[0] > 0 and c.log.shape[0] - world.logged < room:
+            return NEEDS_LOG
         world.now_s = time_s
         world.events += 1
         if source < instances:

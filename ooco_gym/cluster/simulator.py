@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
 from ooco_gym.cluster.disruptions import disruptions
-from ooco_gym.cluster.loop import NEEDS_SLOTS, prepare, run, set_knobs
+from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run, set_knobs
 from ooco_gym.cluster.outcome import Outcome, measure
 from ooco_gym.cluster.queues import CLUSTER_SOURCES
 from ooco_gym.cluster.state import (
@@ -19,6 +19,7 @@ from ooco_gym.cluster.state import (
     FREE,
     INSTANCE,
     LIST_COUNT,
+    LOG,
     NONE,
     OFFLINE,
     ONLINE,
@@ -57,18 +58,22 @@ def _copy(cluster: Cluster) -> Cluster:
 
 
 class Simulator:
-    """One episode of one scenario under fixed rules.
+    """One episode of one scenario under fixed rules; ``log`` keeps a record of every event (:meth:`log`).
 
     >>> simulator = Simulator(scenario, rules={}, seed=0)
     >>> simulator.run(60.0)
     """
 
-    def __init__(self, scenario: Scenario, rules: Mapping[str, str] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, scenario: Scenario, rules: Mapping[str, str] | None = None, seed: int = 0, log: bool = False
+    ) -> None:
         self.scenario = scenario
         self.rules = check_rules(rules or {})
         self.seed = seed
         self.cluster = _build(scenario, self.rules, seed)
         self._constants = _deployment(scenario)
+        if log:
+            self.cluster = _with_more_log(self.cluster)
         prepare(self.cluster)
         self._at_warmup = self.cluster.world.copy()
 
@@ -86,8 +91,8 @@ class Simulator:
         self._advance(until_s)
 
     def _advance(self, until_s: float) -> None:
-        while run(self.cluster, float(until_s)) == NEEDS_SLOTS:
-            self.cluster = _with_more_slots(self.cluster)
+        while (wanted := run(self.cluster, float(until_s))) != REACHED:
+            self.cluster = (_with_more_slots if wanted == NEEDS_SLOTS else _with_more_log)(self.cluster)
 
     def set_knobs(self, knobs: npt.ArrayLike) -> None:
         """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
@@ -107,6 +112,10 @@ class Simulator:
     def telemetry(self) -> Telemetry:
         """What a policy may know now."""
         return read(self.cluster, self._constants)
+
+    def log(self) -> npt.NDArray[np.void]:
+        """The events so far, [events] LOG in order; ``log.EVENTS`` says what they mean. Empty unless asked for."""
+        return self.cluster.log[: self.cluster.world[0]["logged"]].copy()
 
     def outcome(self) -> Outcome:
         """Outcome metrics; meaningful once the scenario's horizon has been reached."""
@@ -201,6 +210,7 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         timers=np.zeros(requests + 1, TIMER),
         disruptions=disruptions(scenario.faults, online.arrival_s, count, scenario.horizon_s, fault_seed),
         ring=ring,
+        log=np.zeros(0, LOG),
     )
     return _with_more_slots(cluster)
 
@@ -257,3 +267,10 @@ def _with_more_slots(cluster: Cluster) -> Cluster:
     free[2] += new - old
     world["slots"] = new
     return cluster.replace(slots=slots, heaps=heaps)
+
+
+def _with_more_log(cluster: Cluster) -> Cluster:
+    """The same cluster with twice the room in its event log."""
+    log = np.zeros(max(2 * len(cluster.log), 16 * len(cluster.slots), 1 << 16), LOG)
+    log[: len(cluster.log)] = cluster.log
+    return cluster.replace(log=log)

@@ -65,6 +65,7 @@ WORLD = np.dtype(
         ("slots", np.int64),
         ("events", np.int64),
         ("iterations", np.int64),  # logical iterations: what an iteration-by-iteration simulator would execute
+        ("logged", np.int64),  # entries of the event log in use
         ("sequence", np.int64),  # total order of joins; ties and "newest" are decided by it
         # deployment, constant in an episode
         ("max_batch_tokens", np.int64),
@@ -204,6 +205,7 @@ SLOT = np.dtype(
         ("prev", np.int64),
         ("phase", np.int64),  # UNUSED .. RESIDENT
         ("online", np.int64),  # index of the online request, NONE for offline work
+        ("serial", np.int64),  # of an offline request: its place in the order in which the backlog gave them out
         ("prompt", np.int64),
         ("output", np.int64),
         ("context", np.int64),  # prompt + generated tokens; of a selected decode: context - steps at selection
@@ -267,6 +269,21 @@ TIMER = np.dtype([("time_s", np.float64), ("request", np.int64)])
 CANCEL, FAIL, RECOVER = 0, 1, 2
 DISRUPTION = np.dtype([("time_s", np.float64), ("kind", np.int64), ("index", np.int64)])
 
+#: An entry of the event log; what the numbers mean depends on the kind (log.py).
+LOG = np.dtype(
+    [
+        ("time_s", np.float64),
+        ("kind", np.int64),
+        ("instance", np.int64),  # NONE where there is none
+        ("offline", np.int64),  # class of the request
+        ("request", np.int64),  # row of an online request, serial number of an offline one; NONE where there is none
+        ("a", np.int64),
+        ("b", np.int64),
+        ("d", np.int64),
+        ("seconds", np.float64),
+    ]
+)
+
 # Columns of ``Cluster.costs``.
 TRUE_COST, SCHEDULER_COST = 0, 1
 
@@ -285,6 +302,7 @@ _FIELDS = (
     ("timers", TIMER, 1),  # [N + 1] heap of TPOT deadlines of requests whose TTFT was met
     ("disruptions", DISRUPTION, 1),  # [D] in order
     ("ring", SECOND, 1),  # [RING_SECONDS]
+    ("log", LOG, 1),  # [L], empty while the log is off
 )
 
 
@@ -305,6 +323,7 @@ class Cluster:
     timers: npt.NDArray[np.void]
     disruptions: npt.NDArray[np.void]
     ring: npt.NDArray[np.void]
+    log: npt.NDArray[np.void]
 
     def __init__(self, **arrays: npt.NDArray[Any]) -> None:
         for name, dtype, ndim in _FIELDS:
@@ -314,9 +333,17 @@ class Cluster:
         self._table = table([arrays[name] for name in self.FIELDS])
         self.address = int(self._table.ctypes.data)  # what compiled code gets
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made from the arrays: an address means nothing elsewhere."""
+        return _from_arrays, ({name: getattr(self, name) for name in self.FIELDS},)
+
     def replace(self, **arrays: npt.NDArray[Any]) -> Cluster:
         """The same cluster with some arrays exchanged."""
         return Cluster(**{**{name: getattr(self, name) for name in self.FIELDS}, **arrays})
+
+
+def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Cluster:
+    return Cluster(**arrays)
 
 
 cluster_at = register(HandleType("Cluster", _FIELDS), Cluster)
