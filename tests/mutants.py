@@ -79,7 +79,8 @@ MUTANTS = (
            "        remove(c, instance, WAITING, slot)\n        enqueue_online(c, slot, True)",
            "        remove(c, instance, WAITING, slot)\n        enqueue_online(c, slot, False)"),
     Mutant("cancellation", "50: a cancelled resident leaves after the iteration", "residents.py",
-           "            state.cancelled -= 1\n            leave", "            state.cancelled -= 1\n        if False:\n            leave"),
+           "            state.cancelled -= 1\n            leave",
+           "            state.cancelled -= 1\n        if False:\n            leave"),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The event loop: one compiled call advances a whole cluster to a time."""
+"""The event loop: one compiled call advances any number of clusters, each to its own time."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ooco_gym.cluster.restore import restore_end
 from ooco_gym.cluster.roles import begin_role_change, change_role_if_drained, consider_roles
 from ooco_gym.cluster.rules import ITERATION
 from ooco_gym.cluster.run import advance_to_time
-from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, NONE, PREFILLING_OFFLINE, RELAXED, STRICT
+from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, NONE, PREFILLING_OFFLINE, RELAXED, STRICT, cluster_at
 from ooco_gym.cluster.strict import choose_strict
 from ooco_gym.cluster.transfer import start_granted_pulls, transfer_end
 from ooco_gym.cluster.unified import choose_unified
 
-#: What :func:`run` returns.
+#: What :func:`run_many` says of a cluster.
 REACHED, NEEDS_SLOTS, NEEDS_LOG = 0, 1, 2
 
 
@@ -131,8 +131,8 @@ def _disruption(c):
     schedule(c, cluster_source(c, DISRUPTION), due_s)
 
 
-@entry_point
-def run(c, until_s):
+@kernel
+def _run(c, until_s):
     """Process every event up to and including ``until_s`` and account all running iterations up to it.
 
     Returns REACHED, or NEEDS_SLOTS or NEEDS_LOG when the caller must provide more request slots, or room in the log,
@@ -174,6 +174,16 @@ def run(c, until_s):
     return REACHED
 
 
+@entry_point
+def run_many(addresses, until_s, status):
+    """Advance each cluster, given by its address, to its time; ``status`` says which wants more slots or log first.
+
+    ``addresses`` int64 [N], ``until_s`` float64 [N], ``status`` int64 [N], written.
+    """
+    for index in range(addresses.shape[0]):
+        status[index] = _run(cluster_at(addresses[index]), until_s[index])
+
+
 @kernel
 def _judge_deadlines(c):
     """Book every violation that became certain by now at the second in which it did.
@@ -209,8 +219,15 @@ def _book_violation(c, request, deadline_s):
 
 
 @entry_point
-def set_knobs(c, knobs):
-    """Apply a knob vector from the next decision on; an instance in a run decides at its next boundary."""
+def set_knobs_many(addresses, knobs):
+    """Apply a knob vector, row of ``knobs`` float64 [N, KNOB_COUNT], to each cluster from its next decision on."""
+    for index in range(addresses.shape[0]):
+        _set_knobs(cluster_at(addresses[index]), knobs[index])
+
+
+@kernel
+def _set_knobs(c, knobs):
+    """An instance in a run decides at its next boundary, an idle one at once."""
     same = True
     for index in range(KNOB_COUNT):
         if c.world[0].knobs[index] != knobs[index]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
 from ooco_gym.cluster.disruptions import disruptions
-from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run, set_knobs
+from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run_many, set_knobs_many
 from ooco_gym.cluster.outcome import Outcome, measure
 from ooco_gym.cluster.queues import CLUSTER_SOURCES
 from ooco_gym.cluster.state import (
@@ -91,12 +91,20 @@ class Simulator:
         self._advance(until_s)
 
     def _advance(self, until_s: float) -> None:
-        while (wanted := run(self.cluster, float(until_s))) != REACHED:
-            self.cluster = (_with_more_slots if wanted == NEEDS_SLOTS else _with_more_log)(self.cluster)
+        status = np.zeros(1, np.int64)
+        while True:
+            run_many(self._addresses, np.array([until_s], np.float64), status)
+            if status[0] == REACHED:
+                return
+            self.cluster = (_with_more_slots if status[0] == NEEDS_SLOTS else _with_more_log)(self.cluster)
+
+    @property
+    def _addresses(self) -> npt.NDArray[np.int64]:
+        return np.array([self.cluster.address], np.int64)
 
     def set_knobs(self, knobs: npt.ArrayLike) -> None:
         """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
-        set_knobs(self.cluster, check_knobs(knobs))
+        set_knobs_many(self._addresses, check_knobs(knobs)[None])
 
     def state(self) -> SimulatorState:
         """A copy of everything that the rest of the episode depends on; :meth:`restore` returns to it."""
