@@ -7,4 +7,8 @@ import gymnasium
 
 __version__ = "0.1.0"
 
-gymnasium.register(id="OOCO/Cluster-v0", entry_point="ooco_gym.envs.cluster_env:ClusterEnv")
+gymnasium.register(
+    id="OOCO/Cluster-v0",
+    entry_point="ooco_gym.envs.cluster_env:ClusterEnv",
+    vector_entry_point="ooco_gym.envs.vector_env:ClusterVectorEnv",
+)

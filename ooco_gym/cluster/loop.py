@@ -29,7 +29,18 @@ from ooco_gym.cluster.restore import restore_end
 from ooco_gym.cluster.roles import begin_role_change, change_role_if_drained, consider_roles
 from ooco_gym.cluster.rules import ITERATION
 from ooco_gym.cluster.run import advance_to_time
-from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, NONE, PREFILLING_OFFLINE, RELAXED, STRICT, cluster_at
+from ooco_gym.cluster.state import (
+    CANCEL,
+    DECODING,
+    FAIL,
+    FREE,
+    IDLE,
+    NONE,
+    PREFILLING_OFFLINE,
+    RELAXED,
+    STRICT,
+    cluster_at,
+)
 from ooco_gym.cluster.strict import choose_strict
 from ooco_gym.cluster.transfer import start_granted_pulls, transfer_end
 from ooco_gym.cluster.unified import choose_unified

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ooco_gym._jit import entry_point
 from ooco_gym.cluster.control import KNOB_NAMES, knobs_to_action
-from ooco_gym.cluster.telemetry import FIELD_NAMES, Telemetry
+from ooco_gym.cluster.telemetry import FIELD_NAMES, FIRST_KNOB, Telemetry
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ _FIELD = np.array([FIELD_NAMES.index(entry.field) for entry in ENTRIES])
 _PER = np.array([FIELD_NAMES.index(entry.per) if entry.per else -1 for entry in ENTRIES])
 _SCALE = np.array([entry.scale for entry in ENTRIES])
 _HIGH = np.array([entry.high for entry in ENTRIES])
-_FIRST_KNOB = FIELD_NAMES.index(f"knob_{KNOB_NAMES[0]}")
 
 
 def observation_bounds() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -87,20 +86,25 @@ def observation_bounds() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float3
 
 @entry_point
 def _map_entries(values, field, per, scale, high, out):
-    for index in range(field.shape[0]):
-        value = scale[index] * values[field[index]]
-        if per[index] >= 0:
-            value /= max(values[per[index]], 1e-9)
-        out[index] = min(max(value, 0.0), high[index])
+    for row in range(values.shape[0]):
+        for index in range(field.shape[0]):
+            value = scale[index] * values[row, field[index]]
+            if per[index] >= 0:
+                value /= max(values[row, per[index]], 1e-9)
+            out[row, index] = min(max(value, 0.0), high[index])
+
+
+def observe_many(values: npt.NDArray[np.float64], out: npt.NDArray[np.float32]) -> None:
+    """Observations ``out`` float32 [N, OBSERVATION_SIZE] of Telemetry values float64 [N, fields]."""
+    _map_entries(values, _FIELD, _PER, _SCALE, _HIGH, out)
+    out[:, len(ENTRIES) :] = knobs_to_action(values[:, FIRST_KNOB : FIRST_KNOB + len(KNOB_NAMES)])
 
 
 def observe(telemetry: Telemetry) -> npt.NDArray[np.float32]:
     """Observation, float32 [OBSERVATION_SIZE], of one Telemetry record; pure, and the same for simulated and live."""
-    out = np.empty(OBSERVATION_SIZE, np.float32)
-    values = telemetry.values
-    _map_entries(values, _FIELD, _PER, _SCALE, _HIGH, out)
-    out[len(ENTRIES) :] = knobs_to_action(values[_FIRST_KNOB : _FIRST_KNOB + len(KNOB_NAMES)])
-    return out
+    out = np.empty((1, OBSERVATION_SIZE), np.float32)
+    observe_many(telemetry.values[None], out)
+    return out[0]
 
 
 def observation_table() -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
+from ooco_gym.cluster.control import KNOB_COUNT, RULES, check_knobs, check_rules, ooco_knobs
 from ooco_gym.cluster.disruptions import disruptions
 from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run_many, set_knobs_many
 from ooco_gym.cluster.outcome import Outcome, measure
@@ -31,7 +31,7 @@ from ooco_gym.cluster.state import (
     WORLD,
     Cluster,
 )
-from ooco_gym.cluster.telemetry import TELEMETRY, Telemetry, read
+from ooco_gym.cluster.telemetry import Telemetry, deployment, read
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
 from ooco_gym.workload import OfflineJobs, Requests
@@ -71,7 +71,7 @@ class Simulator:
         self.rules = check_rules(rules or {})
         self.seed = seed
         self.cluster = _build(scenario, self.rules, seed)
-        self._constants = _deployment(scenario)
+        self._constants = deployment(scenario)
         if log:
             self.cluster = _with_more_log(self.cluster)
         prepare(self.cluster)
@@ -104,7 +104,7 @@ class Simulator:
 
     def set_knobs(self, knobs: npt.ArrayLike) -> None:
         """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
-        set_knobs_many(self._addresses, check_knobs(knobs)[None])
+        set_knobs_many(self._addresses, check_knobs(knobs).reshape(1, KNOB_COUNT))
 
     def state(self) -> SimulatorState:
         """A copy of everything that the rest of the episode depends on; :meth:`restore` returns to it."""
@@ -128,17 +128,6 @@ class Simulator:
     def outcome(self) -> Outcome:
         """Outcome metrics; meaningful once the scenario's horizon has been reached."""
         return measure(self.cluster, self.scenario, self._at_warmup)
-
-
-def _deployment(scenario: Scenario) -> npt.NDArray[np.void]:
-    """A Telemetry record with the fields that do not change in an episode."""
-    record = np.zeros(1, TELEMETRY)
-    record["ttft_slo_s"] = scenario.slo.ttft_s
-    record["tpot_slo_s"] = scenario.slo.tpot_s
-    record["decode_floor_s"] = scenario.decode_floor_s
-    record["mean_prefill_s"] = scenario.mean_prefill_s
-    record["saturation_batch"] = scenario.saturation_batch
-    return record
 
 
 def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ooco_gym._jit import entry_point, kernel
 from ooco_gym.cluster import lists
-from ooco_gym.cluster.control import KNOB_NAMES
+from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES
 from ooco_gym.cluster.rules import unavailability
 from ooco_gym.cluster.state import (
     DOWN,
@@ -31,9 +31,11 @@ from ooco_gym.cluster.state import (
     STRICT,
     WAITING,
     Cluster,
+    cluster_at,
 )
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline.cost import decode_s
+from ooco_gym.scenario import Scenario
 
 #: Every field is a float64: (name, unit, meaning).
 FIELDS: tuple[tuple[str, str, str], ...] = (
@@ -84,6 +86,7 @@ FIELDS: tuple[tuple[str, str, str], ...] = (
 )
 FIELD_NAMES = tuple(name for name, _, _ in FIELDS)
 TELEMETRY = np.dtype([(name, np.float64) for name in FIELD_NAMES])
+FIRST_KNOB = FIELD_NAMES.index(f"knob_{KNOB_NAMES[0]}")
 BACKLOG_TOP = 1e6
 
 
@@ -249,9 +252,8 @@ def _fill_backlog(c, out):
     out.offline_prompt_mean_tokens = world.offline_prompt_sum / max(taken, 1)
 
 
-@entry_point
-def fill(c, out):
-    """Fill a TELEMETRY record, whose deployment constants the caller has set, from the cluster as of its clock."""
+@kernel
+def _fill(c, out):
     out.time_s = c.world[0].now_s
     out.scrape_age_s = 0.0
     out.queued_prefill_max_s = 0.0
@@ -269,10 +271,37 @@ def fill(c, out):
     _fill_backlog(c, out)
 
 
+@entry_point
+def _fill_many(addresses, records, values):
+    for index in range(addresses.shape[0]):
+        c = cluster_at(addresses[index])
+        _fill(c, records[index])
+        for knob in range(KNOB_COUNT):
+            values[index, FIRST_KNOB + knob] = c.world[0].knobs[knob]
+
+
+def fill_many(addresses: npt.NDArray[np.int64], records: npt.NDArray[np.void]) -> npt.NDArray[np.float64]:
+    """Fill TELEMETRY records [N], whose deployment constants the caller has set, from clusters as of their clocks.
+
+    Returns the same numbers as float64 [N, fields].
+    """
+    values = records.view(np.float64).reshape(len(records), -1)
+    _fill_many(addresses, records, values)
+    return values
+
+
+def deployment(scenario: Scenario) -> npt.NDArray[np.void]:
+    """A length-1 TELEMETRY array with the fields that do not change in an episode."""
+    record = np.zeros(1, TELEMETRY)
+    record["ttft_slo_s"] = scenario.slo.ttft_s
+    record["tpot_slo_s"] = scenario.slo.tpot_s
+    record["decode_floor_s"] = scenario.decode_floor_s
+    record["mean_prefill_s"] = scenario.mean_prefill_s
+    record["saturation_batch"] = scenario.saturation_batch
+    return record
+
+
 def read(cluster: Cluster, constants: npt.NDArray[np.void]) -> Telemetry:
-    """Telemetry of a simulated cluster; ``constants`` is a length-1 TELEMETRY array with the deployment filled in."""
-    record = constants.copy()
-    fill(cluster, record[0])
-    for index, name in enumerate(KNOB_NAMES):
-        record[f"knob_{name}"] = cluster.world[0]["knobs"][index]
-    return Telemetry(record.view(np.float64))
+    """Telemetry of a simulated cluster; ``constants`` is what :func:`deployment` gave."""
+    records = constants.copy()
+    return Telemetry(fill_many(np.array([cluster.address], np.int64), records)[0])

@@ -2,5 +2,6 @@
 
 from ooco_gym.envs.cluster_env import ClusterEnv
 from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
+from ooco_gym.envs.vector_env import ClusterVectorEnv
 
-__all__ = ["ClusterEnv", "IdealSeconds", "Interval", "Reward"]
+__all__ = ["ClusterEnv", "ClusterVectorEnv", "IdealSeconds", "Interval", "Reward"]

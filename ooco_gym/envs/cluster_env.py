@@ -9,17 +9,19 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.cluster import Simulator, action_to_knobs, observe
+from ooco_gym.cluster import Simulator
 from ooco_gym.cluster.control import KNOB_COUNT, check_rules
 from ooco_gym.cluster.observation import observation_bounds
 from ooco_gym.cluster.simulator import SimulatorState
 from ooco_gym.cluster.telemetry import Telemetry
+from ooco_gym.envs.batch import Batch, checked_actions
 from ooco_gym.envs.render import render_panel, render_text
 from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario, build_scenario
 
 Observation = npt.NDArray[np.float32]
+_ONLY = np.zeros(1, np.int64)  # a batch of one
 
 
 class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
@@ -84,8 +86,13 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         low, high = observation_bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (KNOB_COUNT,), np.float32)
-        self.simulator: Simulator | None = None
+        self._batch = Batch([self.scenario], self.rules, self.control_interval_s)
         self._history: list[Telemetry] = []
+
+    @property
+    def simulator(self) -> Simulator | None:
+        """The running episode; None before the first reset."""
+        return self._batch.simulators[0]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -93,36 +100,17 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         """Start an episode. ``seed`` fixes the whole workload and noise; without one, each episode draws its own."""
         super().reset(seed=seed)
         episode_seed = seed if seed is not None else int(self.np_random.integers(2**62))
-        self.simulator = Simulator(self.scenario, self.rules, episode_seed)
-        self.simulator.run(self.scenario.warmup_s)
+        self._batch.start(0, episode_seed)
         self._history = []
         return self._observe(), {"seed": episode_seed}
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Apply the knobs of ``action`` for one control interval."""
-        simulator, scenario = self.simulator, self.scenario
-        if simulator is None:
-            raise gym.error.ResetNeeded("step() needs a reset() first")
-        if simulator.now_s >= scenario.horizon_s:
+        simulator = self._running("step")
+        if self._batch.is_over(0):
             raise gym.error.ResetNeeded("the episode is over, reset() starts the next one")
-        before = _counters(simulator)
-        simulator.set_knobs(action_to_knobs(_checked(action)))
-        until_s = min(simulator.now_s + self.control_interval_s, scenario.horizon_s)
-        if scenario.horizon_s - until_s < 1e-6 * self.control_interval_s:
-            until_s = scenario.horizon_s
-        simulator.run(until_s)
-        interval_s, prompt_tokens, output_tokens, violations = (
-            new - old for new, old in zip(_counters(simulator), before, strict=True)
-        )
-        interval = Interval(
-            interval_s=interval_s,
-            instances=scenario.instances,
-            offline_ideal_s=prompt_tokens * scenario.ideal_prompt_token_s
-            + output_tokens * scenario.ideal_output_token_s,
-            violations=int(violations),
-            mean_arrivals=scenario.online.mean_rate_per_s * interval_s,
-        )
-        truncated = until_s >= scenario.horizon_s
+        interval = self._batch.step(checked_actions(action, (KNOB_COUNT,))[None], _ONLY).row(0)
+        truncated = self._batch.is_over(0)
         info: dict[str, Any] = {"interval": interval}
         if truncated:
             info["outcome"] = simulator.outcome().to_dict()
@@ -130,29 +118,30 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
 
     def state(self) -> SimulatorState:
         """A snapshot of the episode for lookahead and debugging; see :meth:`restore`."""
-        if self.simulator is None:
-            raise gym.error.ResetNeeded("state() needs a reset() first")
-        return self.simulator.state()
+        return self._running("state").state()
 
     def restore(self, state: SimulatorState) -> Observation:
         """Return to a snapshot of the running episode, bit for bit and as often as wanted; gives its observation."""
-        if self.simulator is None:
-            raise gym.error.ResetNeeded("restore() needs a reset() first")
-        self.simulator.restore(state)
-        self._history = [record for record in self._history if record["time_s"] < self.simulator.now_s]
+        simulator = self._running("restore")
+        simulator.restore(state)
+        self._batch.adopt(0, simulator)
+        self._history = [record for record in self._history if record["time_s"] < simulator.now_s]
         return self._observe()
 
     def telemetry(self) -> Telemetry:
         """The record behind the last observation."""
+        return self._running("telemetry").telemetry()
+
+    def _running(self, what: str) -> Simulator:
         if self.simulator is None:
-            raise gym.error.ResetNeeded("telemetry() needs a reset() first")
-        return self.simulator.telemetry()
+            raise gym.error.ResetNeeded(f"{what}() needs a reset() first")
+        return self.simulator
 
     def _observe(self) -> Observation:
-        telemetry = self.telemetry()
         if self.render_mode is not None:
-            self._history.append(telemetry)
-        return observe(telemetry)
+            self._history.append(self.telemetry())
+        observation: Observation = self._batch.observations[0].copy()
+        return observation
 
     def render(self) -> Any:
         """Text panel or picture of pools, knobs and the episode so far."""
@@ -160,25 +149,3 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
             gym.logger.warn('render() needs render_mode="ansi" or "rgb_array" at construction')
             return None
         return render_text(self._history[-1]) if self.render_mode == "ansi" else render_panel(self._history)
-
-
-def _checked(action: Any) -> npt.NDArray[np.float64]:
-    """The action as an array; raises OocoError on another shape and on anything that is not a finite number."""
-    try:
-        array = np.asarray(action, np.float64)
-    except (TypeError, ValueError):
-        array = np.empty(0)
-    if array.shape != (KNOB_COUNT,) or not np.isfinite(array).all():
-        raise OocoError(f"action is {action!r}, {KNOB_COUNT} finite numbers in [-1, 1] are needed")
-    return array
-
-
-def _counters(simulator: Simulator) -> tuple[float, float, float, float]:
-    """(time in seconds, credited offline prompt tokens, credited offline output tokens, certain violations)."""
-    world = simulator.cluster.world
-    return (
-        float(world["now_s"][0]),
-        float(world["credited_prompt_tokens"][0]),
-        float(world["credited_output_tokens"][0]),
-        float(world["violations"][0]),
-    )

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
 
 from ooco_gym.errors import OocoError
+
+Value = Any  # a float, or an array [N] where N clusters are rewarded at once
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What happened in one control interval; counts of the whole cluster."""
+    """What happened in one control interval; counts of the whole cluster, or arrays [N] of them for N clusters."""
 
-    interval_s: float
-    instances: int
-    offline_ideal_s: float  # useful offline work in ideal seconds
-    violations: int  # that became certain in the interval
-    mean_arrivals: float  # of the scenario, per interval
+    interval_s: Value
+    instances: Value
+    offline_ideal_s: Value  # useful offline work in ideal seconds
+    violations: Value  # that became certain in the interval
+    mean_arrivals: Value  # of the scenario, per interval
+
+    def row(self, index: int) -> Interval:
+        """One of N clusters, as plain numbers."""
+        return Interval(*(getattr(self, field.name)[index].item() for field in fields(self)))
 
 
 class Reward(Protocol):
-    """Interval in, float out."""
+    """Interval in, float out; arrays in, array [N] out."""
 
-    def __call__(self, interval: Interval) -> float: ...
+    def __call__(self, interval: Interval) -> Value: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,6 @@ class IdealSeconds:
         if isinstance(self.price, bool) or not isinstance(self.price, (int, float)) or not self.price >= 0:
             raise OocoError(f"reward.price is {self.price!r}, a number of at least 0 is needed")
 
-    def __call__(self, interval: Interval) -> float:
+    def __call__(self, interval: Interval) -> Value:
         useful = interval.offline_ideal_s / (interval.interval_s * interval.instances)
-        return useful - self.price * interval.violations / max(interval.mean_arrivals, 1e-9)
+        return useful - self.price * interval.violations / np.maximum(interval.mean_arrivals, 1e-9)

@@ -1,0 +1,138 @@
+"""A batch of episodes advanced together: what the scalar and the vector environment are both made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from ooco_gym.cluster import Simulator, action_to_knobs
+from ooco_gym.cluster.control import KNOB_COUNT
+from ooco_gym.cluster.loop import REACHED, run_many, set_knobs_many
+from ooco_gym.cluster.observation import OBSERVATION_SIZE, observe_many
+from ooco_gym.cluster.telemetry import deployment, fill_many
+from ooco_gym.envs.reward import Interval
+from ooco_gym.errors import OocoError
+from ooco_gym.scenario import Scenario
+
+_COUNTERS = ("credited_prompt_tokens", "credited_output_tokens", "violations")
+
+
+class Batch:
+    """N episodes, each of its own scenario, in the same compiled calls and, where cores allow, in as many threads."""
+
+    def __init__(
+        self,
+        scenarios: Sequence[Scenario],
+        rules: dict[str, str],
+        control_interval_s: float,
+        threads: int | None = None,
+    ) -> None:
+        count = len(scenarios)
+        self.scenarios, self.rules, self.control_interval_s = tuple(scenarios), rules, control_interval_s
+        self.simulators: list[Simulator | None] = [None] * count
+        self.records = np.concatenate([deployment(scenario) for scenario in scenarios])
+        self.observations = np.zeros((count, OBSERVATION_SIZE), np.float32)
+        self._addresses = np.zeros(count, np.int64)
+        self._until_s = np.zeros(count)
+        self._horizon_s = np.array([scenario.horizon_s for scenario in scenarios])
+        self._ideal_s = np.array([(s.ideal_prompt_token_s, s.ideal_output_token_s) for s in scenarios])
+        self._instances = np.array([scenario.instances for scenario in scenarios])
+        self._arrivals_per_s = np.array([scenario.online.mean_rate_per_s for scenario in scenarios])
+        self._counters = np.zeros((count, 1 + len(_COUNTERS)))
+        threads = min(threads or os.cpu_count() or 1, count)
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._threads = threads
+
+    def start(self, index: int, seed: int) -> None:
+        """Begin an episode: its warm-up under OOCO's knobs."""
+        scenario = self.scenarios[index]
+        simulator = Simulator(scenario, self.rules, seed)
+        simulator.run(scenario.warmup_s)
+        self.adopt(index, simulator)
+
+    def adopt(self, index: int, simulator: Simulator) -> None:
+        """Take a simulator as it stands, and observe it."""
+        self.simulators[index] = simulator
+        self._addresses[index] = simulator.cluster.address
+        self._until_s[index] = simulator.now_s
+        self._counters[index] = _read(simulator)
+        self._observe(np.array([index]))
+
+    def is_over(self, index: int) -> bool:
+        return bool(self._until_s[index] >= self._horizon_s[index])
+
+    def step(self, actions: npt.NDArray[np.float64], active: npt.NDArray[np.int64]) -> Interval:
+        """Apply ``actions`` float64 [M, KNOB_COUNT] to the episodes ``active`` [M] for one control interval.
+
+        Updates ``observations`` in place; returns what the interval brought, fields [M].
+        """
+        knobs = action_to_knobs(actions)
+        until_s = self._until_s[active] + self.control_interval_s
+        horizon_s = self._horizon_s[active]
+        until_s = np.where(until_s > horizon_s - 1e-6 * self.control_interval_s, horizon_s, until_s)
+        if self._pool is None:
+            self._advance(active, knobs, until_s)
+        else:
+            parts = [part for part in np.array_split(np.arange(len(active)), self._threads) if len(part)]
+            jobs = [self._pool.submit(self._advance, active[part], knobs[part], until_s[part]) for part in parts]
+            for job in jobs:
+                job.result()
+        before = self._counters[active]
+        after = np.array([_read(self._simulator(index)) for index in active.tolist()])
+        self._counters[active] = after
+        interval_s, prompt_tokens, output_tokens, violations = (after - before).T
+        return Interval(
+            interval_s=interval_s,
+            instances=self._instances[active],
+            offline_ideal_s=prompt_tokens * self._ideal_s[active, 0] + output_tokens * self._ideal_s[active, 1],
+            violations=violations,
+            mean_arrivals=self._arrivals_per_s[active] * interval_s,
+        )
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _simulator(self, index: int) -> Simulator:
+        simulator = self.simulators[index]
+        assert simulator is not None
+        return simulator
+
+    def _advance(
+        self, active: npt.NDArray[np.int64], knobs: npt.NDArray[np.float64], until_s: npt.NDArray[np.float64]
+    ) -> None:
+        addresses, status = self._addresses[active], np.zeros(len(active), np.int64)
+        set_knobs_many(addresses, knobs)
+        run_many(addresses, until_s, status)
+        for position in np.flatnonzero(status != REACHED).tolist():  # it needs more room first, which moves its arrays
+            simulator = self._simulator(int(active[position]))
+            simulator.run(float(until_s[position]))
+            self._addresses[active[position]] = simulator.cluster.address
+        self._until_s[active] = until_s
+        self._observe(active)
+
+    def _observe(self, active: npt.NDArray[np.int64]) -> None:
+        records, observations = self.records[active], np.empty((len(active), OBSERVATION_SIZE), np.float32)
+        observe_many(fill_many(self._addresses[active], records), observations)
+        self.records[active], self.observations[active] = records, observations
+
+
+def _read(simulator: Simulator) -> list[float]:
+    world = simulator.cluster.world[0]
+    return [float(world["now_s"]), *(float(world[name]) for name in _COUNTERS)]
+
+
+def checked_actions(actions: object, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """Actions as an array of ``shape``; raises OocoError on another shape and on anything that is not finite."""
+    try:
+        array = np.asarray(actions, np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(0)
+    if array.shape != shape or not np.isfinite(array).all():
+        many = f"{shape[0]} rows of " if len(shape) > 1 else ""
+        raise OocoError(f"action is {actions!r}, {many}{KNOB_COUNT} finite numbers in [-1, 1] are needed")
+    return array
