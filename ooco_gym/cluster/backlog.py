@@ -1,4 +1,4 @@
-"""The offline backlog, shared by all relaxed instances: requeued work first, then the job list."""
+"""The offline backlog, shared by all instances: requeued work first, then the job list."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.lists import pop_front
 from ooco_gym.cluster.residents import wake
-from ooco_gym.cluster.rules import ADMIT_NONE
+from ooco_gym.cluster.rules import ADMIT_NONE, ADMIT_UNIFIED, draining
 from ooco_gym.cluster.run import blocks_for
-from ooco_gym.cluster.state import FREE, NONE, QUEUED, REQUEUED
+from ooco_gym.cluster.state import CHECKPOINTS, FREE, NONE, QUEUED, REQUEUED, UNIFIED
 
 
 @kernel
 def fits_anywhere(c, prompt, output):
-    """Whether a request can ever be served: within the model's context and the KV of either pool's instances."""
+    """Whether a request can be served wherever it goes: within the model's context and the smallest KV cache."""
     world = c.world[0]
-    if prompt + output > world.max_context_tokens:
-        return False
-    blocks = blocks_for(c, prompt + output)
-    return blocks <= c.instances[0].kv_blocks and blocks <= c.instances[world.instances - 1].kv_blocks
+    return prompt + output <= world.max_context_tokens and blocks_for(c, prompt + output) <= world.smallest_kv_blocks
 
 
 @kernel
 def _offline_job_waits(c):
     """Whether the job list offers a request now; jobs that no instance could hold are counted and passed over."""
     world = c.world[0]
-    if world.rule_admission == ADMIT_NONE or world.offline_jobs == 0:
+    if world.offline_jobs == 0:
         return False
     while world.endless == 1 or world.offline_taken < world.offline_arrived:
         if world.rejected_offline == world.offline_taken >= world.offline_jobs:
@@ -39,7 +36,13 @@ def _offline_job_waits(c):
 
 
 @kernel
-def offline_waits(c):
+def offline_waits(c, instance):
+    """Whether the backlog offers this instance a request: its own checkpoints go first, and a drain takes nothing new."""
+    rule = c.world[0].rule_admission
+    if rule == ADMIT_NONE or (rule == ADMIT_UNIFIED and c.instances[instance].role != UNIFIED):
+        return False
+    if draining(c, instance) or lists.length(c, instance, CHECKPOINTS) > 0:
+        return False
     return lists.length(c, c.world[0].instances, REQUEUED) > 0 or _offline_job_waits(c)
 
 
@@ -58,8 +61,8 @@ def peek_offline(c):
 @kernel
 def _backlog_moved(c):
     """The head of the backlog is another request now: it may fit where the last one did not."""
-    for instance in range(c.world[0].relaxed):
-        if c.instances[instance].head_too_large == 1:
+    for instance in range(c.world[0].instances):
+        if c.instances[instance].head_refused == 1:
             wake(c, instance)
 
 
@@ -97,6 +100,8 @@ def fresh_slot(c, slot):
     record.instance = NONE
     record.target = NONE
     record.leaving = 0
+    record.done = 0
     record.credited = 0
     record.computed = 0
+    record.cancelled = 0
     record.last_token_s = -1.0

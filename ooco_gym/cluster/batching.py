@@ -2,111 +2,164 @@
 
 from __future__ import annotations
 
+import math
+
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.backlog import offline_waits, peek_offline, take_offline
-from ooco_gym.cluster.control import GATE_BATCH, KV_RESERVE
+from ooco_gym.cluster.control import GATE_BATCH, KV_RESERVE, PREFILL_CHUNK, WHOLE_PROMPT
 from ooco_gym.cluster.lists import pop_front, push_back
-from ooco_gym.cluster.residents import free_blocks, make_room_for_online, take_blocks
+from ooco_gym.cluster.residents import free_blocks, make_room_for_online, reserve
 from ooco_gym.cluster.run import blocks_for
-from ooco_gym.cluster.state import BATCH, NONE, OFFLINE_DECODES, WAITING
+from ooco_gym.cluster.state import BATCH, NONE, PARTIAL_OFFLINE, PREFILL, WAITING
+from ooco_gym.roofline.cost import causal_pairs
+
+#: The shortest piece of a prompt worth an iteration's fixed cost: attention kernels pad a piece to this many rows.
+SHORTEST_PIECE_TOKENS = 128
 
 
 @kernel
-def _gate_open(c, instance, members):
-    """Whether the gate admits another offline request beside those resident, on their way out, or in this batch."""
+def clear_pieces(c, instance):
     state = c.instances[instance]
-    here = lists.length(c, instance, OFFLINE_DECODES) + state.held_offline + members
-    return here < c.knobs[GATE_BATCH] * state.saturation_batch
+    state.piece_tokens = 0
+    state.piece_offline_tokens = 0
+    state.piece_recomputed = 0
+    state.piece_causal = 0.0
+    state.piece_full = 0.0
+    state.piece_kv = 0
 
 
 @kernel
-def _enter_batch(c, instance, slot):
-    """Join the batch and reserve KV for prompt (or recomputed context) + 1 tokens."""
-    push_back(c, instance, BATCH, slot)
+def begin_prefill(c, instance, slot):
+    """Reserve KV for prompt (or recomputed context) + 1 tokens before the first piece."""
     record = c.slots[slot]
     record.instance = instance
     record.blocks = blocks_for(c, record.context + 1)
-    take_blocks(c, instance, slot, record.blocks)
+    reserve(c, instance, slot, record.blocks)
 
 
 @kernel
-def _batch_has_place(c, members, tokens, more):
+def add_piece(c, instance, slot, tokens):
+    """Let the next ``tokens`` of a prompt take part in the batch being formed."""
+    state = c.instances[instance]
+    record = c.slots[slot]
+    past = record.done
+    push_back(c, instance, BATCH, slot)
+    record.phase = PREFILL
+    record.piece = tokens
+    state.piece_tokens += tokens
+    state.piece_recomputed += max(0, min(record.computed, past + tokens) - past)
+    state.piece_causal += causal_pairs(float(tokens), float(past))
+    state.piece_full += float(tokens) * float(past + tokens)
+    state.piece_kv += past + tokens
+    if record.online == NONE:
+        state.piece_offline_tokens += tokens
+
+
+@kernel
+def too_short(piece, left):
+    return piece < min(SHORTEST_PIECE_TOKENS, left)
+
+
+@kernel
+def chunk_limit(c):
+    """Most offline prompt tokens in one iteration; infinite where prompts are not cut."""
+    chunk = c.knobs[PREFILL_CHUNK]
+    return math.inf if chunk >= WHOLE_PROMPT else math.floor(chunk)
+
+
+@kernel
+def gate_open(c, instance, others):
+    """Whether the gate admits another offline request beside those that hold KV here and ``others``."""
+    state = c.instances[instance]
+    return state.offline_here + others < c.knobs[GATE_BATCH] * state.saturation_batch
+
+
+@kernel
+def offline_fits(c, instance, tokens):
+    """Offline work leaves the reserved share of the KV free."""
+    state = c.instances[instance]
+    return state.used_blocks + blocks_for(c, tokens) <= (1.0 - c.knobs[KV_RESERVE]) * state.kv_blocks
+
+
+@kernel
+def _has_place(c, instance, more):
     world = c.world[0]
+    members = lists.length(c, instance, BATCH)
+    tokens = c.instances[instance].piece_tokens
     return members == 0 or (members < world.max_seqs and tokens + more <= world.max_batch_tokens)
 
 
 @kernel
 def batch_online(c, instance):
     """First come, first served, up to the batch limits and the KV that offline work can be made to give up."""
-    tokens = 0
-    members = 0
     while lists.length(c, instance, WAITING) > 0:
         slot = lists.first(c, instance, WAITING)
         context = c.slots[slot].context
-        if not _batch_has_place(c, members, tokens, context):
-            break
-        if not make_room_for_online(c, instance, blocks_for(c, context + 1)):
+        if not _has_place(c, instance, context) or not make_room_for_online(c, instance, blocks_for(c, context + 1)):
             break
         pop_front(c, instance, WAITING)
-        _enter_batch(c, instance, slot)
-        tokens += context
-        members += 1
-    return members
-
-
-@kernel
-def _offline_fits(c, instance, context):
-    """Offline prefill leaves the reserved share of the KV free."""
-    state = c.instances[instance]
-    limit = (1.0 - c.knobs[KV_RESERVE]) * state.kv_blocks
-    fits = state.used_blocks + blocks_for(c, context + 1) <= limit
-    state.head_too_large = 0 if fits else 1
-    return fits
+        begin_prefill(c, instance, slot)
+        add_piece(c, instance, slot, context)
 
 
 @kernel
 def batch_offline(c, instance):
-    """From the head of the backlog, while the gate is open and the unreserved KV has room."""
-    tokens = 0
-    members = 0
-    while offline_waits(c) and _gate_open(c, instance, members):
+    """What has begun, then from the head of the backlog, while the gate is open and the unreserved KV has room."""
+    state = c.instances[instance]
+    limit = chunk_limit(c)
+    while lists.length(c, instance, PARTIAL_OFFLINE) > 0:
+        slot = lists.first(c, instance, PARTIAL_OFFLINE)
+        left = c.slots[slot].context - c.slots[slot].done
+        piece = int(min(float(left), limit - state.piece_tokens))
+        if too_short(piece, left) or not _has_place(c, instance, piece):
+            return
+        pop_front(c, instance, PARTIAL_OFFLINE)
+        add_piece(c, instance, slot, piece)
+    while offline_waits(c, instance) and gate_open(c, instance, 0):
         context, _ = peek_offline(c)
-        if not _batch_has_place(c, members, tokens, context) or not _offline_fits(c, instance, context):
-            break
+        piece = int(min(float(context), limit - state.piece_tokens))
+        if not _has_place(c, instance, piece):
+            return
+        if too_short(piece, context) or not offline_fits(c, instance, context + 1):
+            state.head_refused = 1
+            return
         slot = take_offline(c)
-        _enter_batch(c, instance, slot)
-        tokens += context
-        members += 1
-    return members
+        begin_prefill(c, instance, slot)
+        add_piece(c, instance, slot, piece)
+
+
+@kernel
+def next_by_arrival(c, instance, online_members):
+    """(whether there is one, whether it is offline, its context) of the head of both classes' queues by arrival."""
+    waiting = lists.first(c, instance, WAITING)
+    if offline_waits(c, instance) and gate_open(c, instance, online_members):
+        context, since_s = peek_offline(c)
+        if waiting == NONE or since_s < c.slots[waiting].arrival_s:
+            return True, True, context
+    if waiting == NONE:
+        return False, False, 0
+    return True, False, c.slots[waiting].context
+
+
+@kernel
+def take_by_arrival(c, instance, offline):
+    slot = take_offline(c) if offline else pop_front(c, instance, WAITING)
+    begin_prefill(c, instance, slot)
+    return slot
 
 
 @kernel
 def batch_fcfs(c, instance):
-    """Both classes in one queue by arrival, as a plain prefill instance would serve them."""
-    tokens = 0
-    members = 0
+    """Both classes in one queue by arrival, in whole prompts, as a plain prefill instance would serve them."""
+    online_members = 0
     while True:
-        waiting = lists.first(c, instance, WAITING)
-        offline = offline_waits(c) and _gate_open(c, instance, members)
-        if offline:
-            context, since_s = peek_offline(c)
-            if waiting != NONE and c.slots[waiting].arrival_s <= since_s:
-                offline = False
-        if not offline:
-            if waiting == NONE:
-                break
-            context = c.slots[waiting].context
-        if not _batch_has_place(c, members, tokens, context):
-            break
+        any_waits, offline, context = next_by_arrival(c, instance, online_members)
+        if not any_waits or not _has_place(c, instance, context):
+            return
         if free_blocks(c, instance) < blocks_for(c, context + 1):
-            c.instances[instance].head_too_large = 1
-            break
-        if offline:
-            slot = take_offline(c)
-        else:
-            slot = pop_front(c, instance, WAITING)
-        _enter_batch(c, instance, slot)
-        tokens += context
-        members += 1
-    return members
+            c.instances[instance].head_refused = 1
+            return
+        slot = take_by_arrival(c, instance, offline)
+        add_piece(c, instance, slot, context)
+        online_members += 0 if offline else 1

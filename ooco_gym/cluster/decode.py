@@ -6,10 +6,11 @@ import math
 
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
-from ooco_gym.cluster.control import PULL_KV, TPOT_BOUND
+from ooco_gym.cluster.control import PULL_KV, PUSHBACK, TPOT_BOUND
+from ooco_gym.cluster.prefill import complete_pieces
 from ooco_gym.cluster.queues import first_finish_step, schedule
-from ooco_gym.cluster.residents import complete_finished, grow, select, unselect
-from ooco_gym.cluster.rules import PULL_NONE, mix_bound_s, mix_stride
+from ooco_gym.cluster.residents import complete_finished, drop_cancelled, grow, longest_context, select, unselect
+from ooco_gym.cluster.rules import PULL_NONE, draining, mix_bound_s, mix_stride, tpot_slo_s
 from ooco_gym.cluster.run import (
     advance,
     batch_noise,
@@ -17,10 +18,10 @@ from ooco_gym.cluster.run import (
     boundary_s,
     duration_s,
     growth_steps_that_fit,
-    tbt_bin,
+    growth_steps_within,
 )
-from ooco_gym.cluster.state import DECODING, IDLE, NONE, OFFLINE_DECODES, ONLINE_DECODES, STRICT
-from ooco_gym.roofline.cost import decode_affine, decode_s
+from ooco_gym.cluster.state import BATCH, DECODING, IDLE, NONE, OFFLINE_DECODES, ONLINE_DECODES, RELAXED, STRICT
+from ooco_gym.roofline.cost import causal_pairs, decode_affine, decode_s, iteration_s
 
 #: The open implementation pulls while the last step took less than 0.9 of the TPOT SLO, plans the pulled batch to the
 #: whole SLO, and mixes up to 0.98 of it. One knob scales all three, so they keep these ratios.
@@ -102,7 +103,7 @@ def mix_selection(c, instance):
     result does not depend on that starting point because the estimate grows with the prefix.
     """
     state = c.instances[instance]
-    bound_s = mix_bound_s(c, c.knobs[TPOT_BOUND])
+    bound_s = mix_bound_s(c, instance)
     stride = mix_stride(c)
     cost = c.scheduler_cost[instance]
     if state.selected_offline > 0:
@@ -131,7 +132,7 @@ def mix_selection(c, instance):
 @kernel
 def _iterations_within_mix_bound(c, instance):
     """Iterations after which mix selection would first shorten the batch; conservative by one."""
-    bound_s = mix_bound_s(c, c.knobs[TPOT_BOUND])
+    bound_s = mix_bound_s(c, instance)
     if bound_s == math.inf:
         return math.inf
     size, context = _checkpoint(c, instance, _last_selected(c, instance), mix_stride(c))
@@ -142,24 +143,44 @@ def _iterations_within_mix_bound(c, instance):
 
 
 @kernel
-def pull_step_limit_s(c):
-    return PULL_STEP_RATIO * c.knobs[TPOT_BOUND] * c.world[0].tpot_slo_s
+def pull_step_limit_s(c, instance):
+    return PULL_STEP_RATIO * c.knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
+
+
+@kernel
+def _first_boundary_at(c, instance, time_s):
+    """The first boundary to come that is not before ``time_s``."""
+    state = c.instances[instance]
+    k = state.done + 1
+    if boundary_s(state, k) < time_s:
+        k = boundary_after(state, time_s)
+        if boundary_s(state, k - 1) >= time_s:
+            k -= 1
+    return k
 
 
 @kernel
 def _first_pull_boundary(c, instance):
     """Iteration after which this strict instance should next ask for offline work; infinite if it will not."""
     state = c.instances[instance]
-    if state.role != STRICT or c.world[0].rule_migration == PULL_NONE or state.pulled_slot != NONE:
+    if c.world[0].rule_migration == PULL_NONE or state.pulled_slot != NONE or draining(c, instance):
         return math.inf
     if state.used_blocks >= c.knobs[PULL_KV] * state.kv_blocks:
         return math.inf  # KV only fills up during a run
-    k = state.done + 1
-    if boundary_s(state, k) < state.next_pull_s:
-        k = boundary_after(state, state.next_pull_s)
-        if boundary_s(state, k - 1) >= state.next_pull_s:
-            k -= 1
-    return float(k) if duration_s(state, k) < pull_step_limit_s(c) else math.inf
+    k = _first_boundary_at(c, instance, state.next_pull_s)
+    return float(k) if duration_s(state, k) < pull_step_limit_s(c, instance) else math.inf
+
+
+@kernel
+def _first_push_boundary(c, instance):
+    """Iteration after which KV use calls for sending an offline decode back; infinite if it will not."""
+    state = c.instances[instance]
+    share = c.knobs[PUSHBACK]
+    if share >= 1.0 or state.pushed_slot != NONE or lists.length(c, instance, OFFLINE_DECODES) == 0:
+        return math.inf
+    room = int(math.floor(share * state.kv_blocks)) - state.used_blocks
+    steps = growth_steps_within(c, instance, room) if room >= 0 else 0
+    return float(max(state.done + 1 + steps, _first_boundary_at(c, instance, state.next_push_s)))
 
 
 @kernel
@@ -179,47 +200,74 @@ def start_run(c, instance, was_decoding):
         state.c1_s = c1 * noise
         state.done = 0
         state.changed = 0
-        _count_first_gaps(c, instance)
     limit = float(first_finish_step(c, instance) - state.steps)
     limit = min(limit, 1.0 + growth_steps_that_fit(c, instance))
-    if state.role == STRICT:
+    if state.role != RELAXED:
         limit = min(limit, _iterations_within_mix_bound(c, instance))
-    run_end = min(state.done + limit, _first_pull_boundary(c, instance))
+    run_end = state.done + limit
+    if state.role == STRICT:
+        run_end = min(run_end, _first_pull_boundary(c, instance), _first_push_boundary(c, instance))
     state.activity = DECODING
     state.run_end = int(run_end)
     schedule(c, instance, boundary_s(state, state.run_end))
 
 
 @kernel
-def _count_first_gaps(c, instance):
-    """A sequence new to the batch has a gap of its own: from its last token, wherever that was, to the end of the
-    first iteration here."""
-    world = c.world[0]
+def start_mixed(c, instance, was_decoding):
+    """One iteration of the selected decodes and the prefill pieces in BATCH: a run of a single iteration."""
     state = c.instances[instance]
-    state.fresh_online = 0
-    if state.selected_online == 0:
-        return
-    end_s = boundary_s(state, 1)
-    counted = world.measure_from_s < end_s <= world.measure_to_s
-    slot = lists.last(c, instance, ONLINE_DECODES)
-    while slot != NONE:
-        record = c.slots[slot]
-        if record.selected == 1:
-            if record.last_token_s < 0.0:
-                break  # members of the previous batch follow
-            state.fresh_online += 1
-            if counted:
-                c.tbt[tbt_bin(end_s - record.last_token_s)] += 1
-            record.last_token_s = -1.0
-        slot = record.prev
+    if was_decoding:
+        stop_decoding(c, instance)
+    batch = batch_size(state)
+    state.c0_s = batch_noise(c, instance) * iteration_with_pieces_s(c, c.true_cost[instance], instance, 0, 0)
+    state.c1_s = 0.0
+    state.anchor_s = c.world[0].now_s
+    state.anchor_batch = batch
+    state.anchor_context = batch_context(state)
+    state.done = 0
+    state.changed = 1  # whatever follows is another batch
+    state.activity = DECODING
+    state.run_end = 1
+    schedule(c, instance, boundary_s(state, 1))
+
+
+@kernel
+def iteration_with_pieces_s(c, cost, instance, more, past):
+    """Seconds of the iteration of the selected decodes, the pieces in BATCH and one more of ``more`` tokens."""
+    state = c.instances[instance]
+    pieces = lists.length(c, instance, BATCH)
+    tokens, causal, full, kv = float(state.piece_tokens), state.piece_causal, state.piece_full, float(state.piece_kv)
+    if more > 0:
+        pieces += 1
+        tokens += more
+        causal += causal_pairs(float(more), float(past))
+        full += float(more) * float(past + more)
+        kv += past + more
+    batch, context, longest = float(batch_size(state)), float(batch_context(state)), float(longest_context(c, instance))
+    return iteration_s(cost, tokens, causal, full, kv, float(pieces), batch, context, longest)
 
 
 @kernel
 def end_iteration(c, instance):
-    """The boundary of a decode run: finished sequences leave, the others grow."""
-    advance(c, instance, c.instances[instance].run_end)
+    """The boundary of a decode run or of a mixed iteration: whoever is done leaves, pieces are booked, the rest grows."""
+    state = c.instances[instance]
+    advance(c, instance, state.run_end)
+    if state.cancelled > 0:
+        drop_cancelled(c, instance)
     complete_finished(c, instance)
+    if lists.length(c, instance, BATCH) > 0:
+        _complete_mixed(c, instance)
     grow(c, instance)
+
+
+@kernel
+def _complete_mixed(c, instance):
+    state = c.instances[instance]
+    batch = state.anchor_batch
+    decodes_s = decode_s(c.scheduler_cost[instance], float(batch), float(state.anchor_context)) if batch > 0 else 0.0
+    state.last_iteration_s = decodes_s  # what a pull may look at: prefill that rides along is no decode load
+    c.world[0].mixed_iterations += 1
+    complete_pieces(c, instance, state.c0_s, batch)
 
 
 @kernel
@@ -231,7 +279,10 @@ def stop_decoding(c, instance):
 
 @kernel
 def decode_or_idle(c, instance, was_decoding, next_look_s):
-    """Decode the selected batch; without one, idle until woken or until ``next_look_s``."""
+    """Run what was selected: decodes, prefill pieces or both; without any, idle until woken or until ``next_look_s``."""
+    if lists.length(c, instance, BATCH) > 0:
+        start_mixed(c, instance, was_decoding)
+        return
     if batch_size(c.instances[instance]) > 0:
         start_run(c, instance, was_decoding)
         return

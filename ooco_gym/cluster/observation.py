@@ -63,6 +63,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("offline_output_mean", "offline_output_mean_tokens", None, 8.0, "offline job store", scale=1 / 512),
     Entry("relaxed_instances", "relaxed_instances", None, 8.0, "deployment", scale=1 / 8),
     Entry("strict_instances", "strict_instances", None, 8.0, "deployment", scale=1 / 8),
+    Entry("unavailable_instances", "unavailable_instances", None, 8.0, "health checks", scale=1 / 8),
     Entry("strict_per_relaxed", "strict_instances", "relaxed_instances", 8.0, "deployment"),
     Entry("tpot_slo_per_floor", "tpot_slo_s", "decode_floor_s", 5.0, "deployment", scale=1 / 4),
     Entry("ttft_slo_per_prefill", "ttft_slo_s", "mean_prefill_s", 5.0, "deployment", scale=1 / 10),

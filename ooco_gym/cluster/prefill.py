@@ -1,4 +1,4 @@
-"""A prefill iteration: its time, its interruption at a layer, and what its end brings."""
+"""Prefill: a batch of its own on a relaxed instance, its interruption at a layer, and what the end of a piece brings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
-from ooco_gym.cluster.lists import pop_front, remove
+from ooco_gym.cluster.batching import clear_pieces
+from ooco_gym.cluster.lists import push_front, remove
 from ooco_gym.cluster.queues import schedule
-from ooco_gym.cluster.residents import finish, first_token, join, release, requeue
-from ooco_gym.cluster.rules import DECODE_STRICT
+from ooco_gym.cluster.residents import finish, first_token, free_slot, join, partial_list, release, requeue, wake_takers
+from ooco_gym.cluster.rules import CHUNK, DECODE_STRICT
 from ooco_gym.cluster.run import batch_noise, tbt_bin
-from ooco_gym.cluster.state import BATCH, NONE, PREFILL, PREFILLING_OFFLINE
+from ooco_gym.cluster.state import BATCH, NONE, PARTIAL, PREFILLING_OFFLINE, RELAXED
 from ooco_gym.cluster.transfer import hand_over
-from ooco_gym.roofline.cost import causal_pairs, iteration_s, layers_s
+from ooco_gym.roofline.cost import iteration_s, layers_s
 
 
 @kernel
@@ -21,31 +22,16 @@ def start_prefill(c, instance, activity):
     """Time the batch from its aggregates and let it run; it is one iteration."""
     world = c.world[0]
     state = c.instances[instance]
-    tokens = 0.0
-    causal = 0.0
-    full = 0.0
-    recomputed = 0
-    slot = lists.first(c, instance, BATCH)
-    while slot != NONE:
-        record = c.slots[slot]
-        record.phase = PREFILL
-        context = float(record.context)
-        tokens += context
-        causal += causal_pairs(context, 0.0)
-        full += context * context
-        recomputed += min(record.computed, record.context)
-        slot = record.next
+    tokens, causal, full, kv = float(state.piece_tokens), state.piece_causal, state.piece_full, float(state.piece_kv)
     sequences = float(lists.length(c, instance, BATCH))
     noise = batch_noise(c, instance)
     cost = c.true_cost[instance]
-    total_s = noise * iteration_s(cost, tokens, causal, full, tokens, sequences, 0.0, 0.0, 0.0)
-    predicted_s = iteration_s(c.scheduler_cost[instance], tokens, causal, full, tokens, sequences, 0.0, 0.0, 0.0)
-    state.layers_s = noise * layers_s(cost, tokens, causal, full, tokens, 0.0, 0.0, 0.0)
+    total_s = noise * iteration_s(cost, tokens, causal, full, kv, sequences, 0.0, 0.0, 0.0)
+    predicted_s = iteration_s(c.scheduler_cost[instance], tokens, causal, full, kv, sequences, 0.0, 0.0, 0.0)
+    state.layers_s = noise * layers_s(cost, tokens, causal, full, kv, 0.0, 0.0, 0.0)
     state.layer_count = cost.layers
     state.activity = activity
     state.interrupted = 0
-    state.batch_tokens = int(tokens)
-    state.batch_recomputed = recomputed
     state.start_s = world.now_s
     state.end_s = world.now_s + total_s
     state.predicted_end_s = world.now_s + predicted_s
@@ -68,8 +54,15 @@ def interrupt_at_layer(c, instance):
 
 
 @kernel
+def return_to_partial(c, instance, slot):
+    push_front(c, instance, partial_list(c, slot), slot)
+    c.slots[slot].phase = PARTIAL
+
+
+@kernel
 def _lose_batch(c, instance):
-    """An interrupted batch: every request loses its KV and returns, in order, to the head of the backlog."""
+    """An interrupted batch: its requests lose their KV and return, in order, to the head of the backlog; at chunk
+    granularity those with finished pieces keep them instead."""
     world = c.world[0]
     state = c.instances[instance]
     world.preemptions += 1
@@ -77,8 +70,13 @@ def _lose_batch(c, instance):
     while lists.length(c, instance, BATCH) > 0:
         slot = lists.last(c, instance, BATCH)
         remove(c, instance, BATCH, slot)
-        release(c, instance, slot)
-        requeue(c, slot)
+        if world.rule_preemption == CHUNK and c.slots[slot].done > 0:
+            return_to_partial(c, instance, slot)
+        else:
+            c.slots[slot].computed = max(c.slots[slot].computed, c.slots[slot].done)
+            release(c, instance, slot)
+            requeue(c, slot)
+    wake_takers(c)
 
 
 @kernel
@@ -94,46 +92,82 @@ def _prefilled_online(c, instance, slot):
     if record.context == record.prompt + record.output:
         release(c, instance, slot)
         finish(c, slot)
-    else:
-        hand_over(c, slot)
-
-
-@kernel
-def _prefilled_offline(c, instance, slot):
-    world = c.world[0]
-    record = c.slots[slot]
-    if record.credited == 0:
-        record.credited = 1
-        world.credited_prompt_tokens += record.prompt
-    world.credited_output_tokens += 1
-    record.context += 1
-    if record.context == record.prompt + record.output:
-        release(c, instance, slot)
-        finish(c, slot)
-    elif world.rule_offline_decode == DECODE_STRICT:
-        c.instances[instance].held_offline += 1
+    elif c.instances[instance].role == RELAXED:
         hand_over(c, slot)
     else:
         join(c, instance, slot)
 
 
 @kernel
-def complete_prefill(c, instance):
+def _prefilled_offline(c, instance, slot):
     world = c.world[0]
-    state = c.instances[instance]
-    world.busy_s += state.end_s - state.start_s
-    if state.interrupted == 1:
-        _lose_batch(c, instance)
-        return
-    world.iterations += 1
-    world.prefilled_tokens += state.batch_tokens
-    world.recomputed_tokens += state.batch_recomputed
-    world.recompute_s += (state.end_s - state.start_s) * (state.batch_recomputed / state.batch_tokens)
-    while lists.length(c, instance, BATCH) > 0:
-        slot = pop_front(c, instance, BATCH)
-        record = c.slots[slot]
-        record.computed = max(record.computed, record.context)
+    record = c.slots[slot]
+    world.credited_output_tokens += 1
+    record.context += 1
+    if record.context == record.prompt + record.output:
+        release(c, instance, slot)
+        finish(c, slot)
+    elif world.rule_offline_decode == DECODE_STRICT and c.instances[instance].role == RELAXED:
+        hand_over(c, slot)
+    else:
+        join(c, instance, slot)
+
+
+@kernel
+def _book_piece(c, instance, slot):
+    """Account one piece that has run; says whether its request is done with the batch."""
+    world = c.world[0]
+    record = c.slots[slot]
+    record.done += record.piece
+    record.computed = max(record.computed, record.done)
+    if record.online == NONE:
+        credit = min(record.done, record.prompt) - record.credited
+        if credit > 0:
+            record.credited += credit
+            world.credited_prompt_tokens += credit
+    if record.cancelled == 1:
+        remove(c, instance, BATCH, slot)
+        c.instances[instance].pending_s -= record.estimate_s
+        release(c, instance, slot)
+        free_slot(c, slot)
+    elif record.done == record.context:
+        remove(c, instance, BATCH, slot)
         if record.online == NONE:
             _prefilled_offline(c, instance, slot)
         else:
             _prefilled_online(c, instance, slot)
+
+
+@kernel
+def complete_pieces(c, instance, duration_s, decodes):
+    """Book the pieces of an iteration of ``duration_s`` seconds that also decoded ``decodes`` sequences."""
+    world = c.world[0]
+    state = c.instances[instance]
+    world.prefilled_tokens += state.piece_tokens
+    world.recomputed_tokens += state.piece_recomputed
+    world.recompute_s += duration_s * (state.piece_recomputed / (state.piece_tokens + decodes))
+    slot = lists.first(c, instance, BATCH)
+    while slot != NONE:
+        following = c.slots[slot].next
+        _book_piece(c, instance, slot)
+        slot = following
+    while lists.length(c, instance, BATCH) > 0:  # those with tokens left, so that the first ends up first
+        slot = lists.last(c, instance, BATCH)
+        remove(c, instance, BATCH, slot)
+        return_to_partial(c, instance, slot)
+    clear_pieces(c, instance)
+
+
+@kernel
+def complete_prefill(c, instance):
+    """The end of a prefill batch, whole or interrupted."""
+    world = c.world[0]
+    state = c.instances[instance]
+    duration_s = state.end_s - state.start_s
+    world.busy_s += duration_s
+    if state.interrupted == 1:
+        _lose_batch(c, instance)
+        clear_pieces(c, instance)
+        return
+    world.iterations += 1
+    complete_pieces(c, instance, duration_s, 0)

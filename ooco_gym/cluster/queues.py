@@ -5,8 +5,26 @@ from __future__ import annotations
 from ooco_gym._jit import kernel
 from ooco_gym.cluster.state import NONE
 
-# Next event: a tournament over fixed sources. Instance i is source i, its link source I + i, then online arrivals,
-# then offline arrivals. The lower source wins a tie, which is exactly the specified order of equal times.
+# Next event: a tournament over fixed sources. Instance i is source i, its link source I + i, its host link source
+# 2 I + i, and after them come the sources of the whole cluster. The lower source wins a tie, which is exactly the
+# specified order of equal times.
+ONLINE_ARRIVAL, OFFLINE_ARRIVAL, CANCELLATION, FAULT, ROLE_CHANGE = range(5)
+CLUSTER_SOURCES = 5
+
+
+@kernel
+def link_source(c, instance):
+    return c.world[0].instances + instance
+
+
+@kernel
+def host_source(c, instance):
+    return 2 * c.world[0].instances + instance
+
+
+@kernel
+def cluster_source(c, which):
+    return 3 * c.world[0].instances + which
 
 
 @kernel

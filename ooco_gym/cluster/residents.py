@@ -14,21 +14,31 @@ from ooco_gym.cluster.queues import (
     schedule,
     timer_push,
 )
-from ooco_gym.cluster.rules import evicts_for_online, routing_score, victim
-from ooco_gym.cluster.run import blocks_for, cut, growth_at
+from ooco_gym.cluster.control import STRICT_PREFILL
+from ooco_gym.cluster.rules import KEEP_ON_HOST, evicts_for_online, routing_score, unavailability, victim
+from ooco_gym.cluster.run import blocks_for, boundary_s, cut, growth_at
 from ooco_gym.cluster.state import (
+    CHECKPOINT,
+    CHECKPOINTS,
     DECODING,
     FREE,
-    HELD,
     IDLE,
     INBOUND_OFFLINE,
+    INBOUND_ONLINE,
     NONE,
     OFFLINE_DECODES,
     ONLINE_DECODES,
+    PARTIAL,
+    PARTIAL_OFFLINE,
+    PARTIAL_ONLINE,
     QUEUED,
+    RELAXED,
     REQUEUED,
     RESIDENT,
     RING_SECONDS,
+    STRICT,
+    UNIFIED,
+    UNKNOWN,
     UNUSED,
     WAITING,
 )
@@ -47,6 +57,22 @@ def take_blocks(c, instance, slot, blocks):
     state.used_blocks += blocks
     if c.slots[slot].online != NONE:
         state.online_blocks += blocks
+
+
+@kernel
+def reserve(c, instance, slot, blocks):
+    """Take the first KV of a request on an instance."""
+    take_blocks(c, instance, slot, blocks)
+    if c.slots[slot].online == NONE:
+        c.instances[instance].offline_here += 1
+
+
+@kernel
+def give_back(c, instance, slot, blocks):
+    """Free all KV of a request on an instance."""
+    take_blocks(c, instance, slot, -blocks)
+    if c.slots[slot].online == NONE:
+        c.instances[instance].offline_here -= 1
 
 
 @kernel
@@ -77,8 +103,22 @@ def wake(c, instance):
 
 
 @kernel
+def wake_takers(c):
+    """The backlog has work to offer: wake whoever may take it."""
+    strict_too = c.knobs[STRICT_PREFILL] >= 1.0
+    for instance in range(c.world[0].instances):
+        if strict_too or c.instances[instance].role != STRICT:
+            wake(c, instance)
+
+
+@kernel
 def decode_list(c, slot):
     return OFFLINE_DECODES if c.slots[slot].online == NONE else ONLINE_DECODES
+
+
+@kernel
+def partial_list(c, slot):
+    return PARTIAL_OFFLINE if c.slots[slot].online == NONE else PARTIAL_ONLINE
 
 
 @kernel
@@ -96,6 +136,10 @@ def select(c, instance, slot):
     state = c.instances[instance]
     record = c.slots[slot]
     context = record.context
+    if state.selected_online + state.selected_offline == 0:
+        state.longest = context - state.steps
+    elif state.longest != UNKNOWN:
+        state.longest = max(state.longest, context - state.steps)
     if record.online == NONE:
         state.selected_offline += 1
         state.context_offline += context
@@ -116,6 +160,8 @@ def unselect(c, instance, slot):
     record = c.slots[slot]
     c.block_phase[instance, int(record.online != NONE), record.context % c.world[0].block_tokens] -= 1
     completion_remove(c, instance, slot)
+    if record.context == state.longest:
+        state.longest = UNKNOWN
     context = record.context + state.steps
     if record.online == NONE:
         state.selected_offline -= 1
@@ -126,9 +172,24 @@ def unselect(c, instance, slot):
     record.context = context
     record.selected = 0
     record.blocks = blocks_for(c, context if state.grown == 1 else context - 1)
-    if record.last_token_s < 0.0:  # not when it was selected in this very decision
-        record.last_token_s = c.world[0].now_s
+    if record.last_token_s < 0.0:  # it took part in the run; not when it was selected in this very decision
+        record.last_token_s = boundary_s(state, state.done)
     state.changed = 1
+
+
+@kernel
+def longest_context(c, instance):
+    """The longest context among the selected; 0 when there are none."""
+    state = c.instances[instance]
+    if state.selected_online + state.selected_offline == 0:
+        return 0
+    if state.longest == UNKNOWN:
+        for which in (ONLINE_DECODES, OFFLINE_DECODES):
+            slot = lists.first(c, instance, which)
+            while slot != NONE and c.slots[slot].selected == 1:  # a prefix of either list is selected
+                state.longest = max(state.longest, c.slots[slot].context)
+                slot = c.slots[slot].next
+    return state.longest + state.steps
 
 
 @kernel
@@ -142,27 +203,33 @@ def join(c, instance, slot):
     world.sequence += 1
     push_back(c, instance, decode_list(c, slot), slot)
     c.instances[instance].changed = 1
+    if record.online != NONE:
+        c.class_decodes[instance, c.online_class[record.online]] += 1
 
 
 @kernel
 def leave(c, instance, slot):
     """Take a resident off the instance's lists; its blocks stay taken until the caller frees them."""
-    if c.slots[slot].selected == 1:
+    record = c.slots[slot]
+    if record.selected == 1:
         unselect(c, instance, slot)
     remove(c, instance, decode_list(c, slot), slot)
     c.instances[instance].changed = 1
+    if record.online != NONE:
+        c.class_decodes[instance, c.online_class[record.online]] -= 1
 
 
 @kernel
 def release(c, instance, slot):
     """Free the KV that a slot holds on an instance."""
-    blocks = c.slots[slot].blocks
-    take_blocks(c, instance, slot, -blocks)
+    give_back(c, instance, slot, c.slots[slot].blocks)
     c.slots[slot].blocks = 0
 
 
 @kernel
 def free_slot(c, slot):
+    if c.slots[slot].online != NONE:
+        c.online_slot[c.slots[slot].online] = NONE
     c.slots[slot].phase = UNUSED
     push_back(c, c.world[0].instances, FREE, slot)
 
@@ -197,9 +264,25 @@ def first_token(c, slot):
     if c.online_first_s[request] < math.inf:
         return  # a recomputed request had its first token before
     c.online_first_s[request] = world.now_s
-    in_time = world.now_s <= record.arrival_s + world.ttft_slo_s
+    slo_s = c.slo_s[c.online_class[request]]
+    in_time = world.now_s <= record.arrival_s + slo_s[0]
     if in_time and record.output > 1:
-        timer_push(c, world.now_s + (record.output - 1) * world.tpot_slo_s, request)
+        timer_push(c, world.now_s + (record.output - 1) * slo_s[1], request)
+
+
+@kernel
+def drop_cancelled(c, instance):
+    """Residents whose clients went away leave."""
+    state = c.instances[instance]
+    slot = lists.first(c, instance, ONLINE_DECODES)
+    while state.cancelled > 0:
+        following = c.slots[slot].next
+        if c.slots[slot].cancelled == 1:
+            state.cancelled -= 1
+            leave(c, instance, slot)
+            release(c, instance, slot)
+            free_slot(c, slot)
+        slot = following
 
 
 @kernel
@@ -220,6 +303,7 @@ def cancel_pull(c, slot):
     record = c.slots[slot]
     if record.leaving == 1:
         record.leaving = 0
+        c.instances[record.instance].granted -= 1
         c.instances[record.target].pulled_slot = NONE
         if c.instances[record.target].activity == DECODING:
             cut(c, record.target, c.world[0].now_s)  # its run was planned for no further pull
@@ -227,16 +311,20 @@ def cancel_pull(c, slot):
 
 @kernel
 def enqueue_online(c, slot, at_head):
-    """Route an online request to a relaxed instance and wake it; returns the instance."""
+    """Route an online request to an instance that prefills, and wake it; returns the instance."""
     world = c.world[0]
     record = c.slots[slot]
+    role = RELAXED if world.relaxed > 0 else UNIFIED
     best = 0
+    best_rank = 3
     best_score = math.inf
-    for instance in range(world.relaxed):
-        score = routing_score(c, instance, slot)
-        if score < best_score:
-            best, best_score = instance, score
-    world.round_robin += 1
+    for instance in range(world.instances):
+        if c.instances[instance].role == role:
+            rank = unavailability(c, instance)
+            score = routing_score(c, instance, slot)
+            if rank < best_rank or (rank == best_rank and score < best_score):
+                best, best_rank, best_score = instance, rank, score
+    world.routed_last = best
     record.instance = best
     record.phase = QUEUED
     # In units of 2^-40 s the sums of estimates are exact, so that equal loads are ties.
@@ -253,63 +341,109 @@ def enqueue_online(c, slot, at_head):
 @kernel
 def requeue(c, slot):
     """Send a request that lost its KV back to the head of its queue, to be recomputed."""
+    c.slots[slot].done = 0
     if c.slots[slot].online == NONE:
         c.slots[slot].phase = QUEUED
         push_front(c, c.world[0].instances, REQUEUED, slot)
-        for instance in range(c.world[0].relaxed):
-            wake(c, instance)
+        wake_takers(c)
     else:
         enqueue_online(c, slot, True)
 
 
 @kernel
-def evict(c, instance, slot):
-    """Free a resident's KV; the request will be recomputed."""
-    cancel_pull(c, slot)
-    leave(c, instance, slot)
-    release(c, instance, slot)
+def _checkpoint(c, instance, slot):
+    """Keep the KV of an evicted offline request in the host memory of its instance; False where that has no room."""
+    state = c.instances[instance]
     record = c.slots[slot]
-    record.computed = max(record.computed, record.context - 1)
-    c.world[0].evictions += 1
-    requeue(c, slot)
-
-
-@kernel
-def _evict_held(c, instance):
-    """Free the newest offline request that was prefilled here and waits for room elsewhere; False if none."""
-    best = NONE
-    for target in range(c.world[0].relaxed, c.world[0].instances):
-        slot = lists.last(c, target, INBOUND_OFFLINE)
-        while slot != NONE:
-            record = c.slots[slot]
-            if record.instance == instance and record.phase == HELD:
-                if best == NONE or record.order > c.slots[best].order:
-                    best = slot
-                break
-            slot = record.prev
-    if best == NONE:
+    blocks = blocks_for(c, record.context)
+    if c.world[0].rule_evicted_kv != KEEP_ON_HOST or state.host_used + blocks > state.host_blocks:
         return False
-    target = c.slots[best].target
-    remove(c, target, INBOUND_OFFLINE, best)
-    wake(c, target)  # the next in that queue may fit
-    release(c, instance, best)
-    c.instances[instance].held_offline -= 1
-    c.world[0].evictions += 1
-    requeue(c, best)
+    state.host_used += blocks
+    record.phase = CHECKPOINT
+    record.instance = instance
+    push_front(c, instance, CHECKPOINTS, slot)
+    c.world[0].checkpoints += 1
+    wake(c, instance)
     return True
 
 
 @kernel
+def _evict_partial(c, instance, slot):
+    record = c.slots[slot]
+    remove(c, instance, partial_list(c, slot), slot)
+    release(c, instance, slot)
+    record.computed = max(record.computed, record.done)
+    if record.online != NONE:
+        c.instances[instance].pending_s -= record.estimate_s
+    requeue(c, slot)
+
+
+@kernel
+def _evict_held(c, instance, slot):
+    target = c.slots[slot].target
+    remove(c, target, c.slots[slot].queue, slot)
+    wake(c, target)  # the next in that queue may fit
+    release(c, instance, slot)
+    if not _checkpoint(c, instance, slot):
+        requeue(c, slot)
+
+
+@kernel
+def _evict_resident(c, instance, slot):
+    record = c.slots[slot]
+    cancel_pull(c, slot)
+    leave(c, instance, slot)
+    release(c, instance, slot)
+    record.computed = max(record.computed, record.context - 1)
+    if record.online != NONE or not _checkpoint(c, instance, slot):
+        requeue(c, slot)
+
+
+@kernel
+def evict(c, instance, slot):
+    """Free a request's KV; it will be restored from host memory or recomputed."""
+    c.world[0].evictions += 1
+    phase = c.slots[slot].phase
+    if phase == RESIDENT:
+        _evict_resident(c, instance, slot)
+    elif phase == PARTIAL:
+        _evict_partial(c, instance, slot)
+    else:
+        _evict_held(c, instance, slot)
+
+
+@kernel
+def newest_held(c, instance, offline_only):
+    """The newest request that was prefilled here and waits for room elsewhere, or NONE."""
+    best = NONE
+    for target in range(c.world[0].instances):
+        for which in (INBOUND_ONLINE, INBOUND_OFFLINE):
+            slot = lists.last(c, target, which)
+            while slot != NONE:
+                record = c.slots[slot]
+                if record.instance == instance and (record.online == NONE or not offline_only):
+                    if best == NONE or record.order > c.slots[best].order:
+                        best = slot
+                    break
+                slot = record.prev
+    return best
+
+
+@kernel
 def make_room_for_online(c, instance, blocks):
-    """Evict offline work, newest first, until ``blocks`` are free; says whether they are."""
+    """Offline work gives way until ``blocks`` are free: prefills that have begun, then decodes, then what is held after
+    its prefill, the newest of each first. Says whether there is room."""
     while free_blocks(c, instance) < blocks:
         if not evicts_for_online(c):
             return False
-        slot = lists.last(c, instance, OFFLINE_DECODES)
-        if slot != NONE:
-            evict(c, instance, slot)
-        elif not _evict_held(c, instance):
+        slot = lists.last(c, instance, PARTIAL_OFFLINE)
+        if slot == NONE:
+            slot = lists.last(c, instance, OFFLINE_DECODES)
+        if slot == NONE:
+            slot = newest_held(c, instance, True)
+        if slot == NONE:
             return False
+        evict(c, instance, slot)
     return True
 
 

@@ -11,12 +11,22 @@ import math
 
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
-from ooco_gym.cluster.control import RULES
-from ooco_gym.cluster.state import NONE, OFFLINE_DECODES, ONLINE_DECODES
+from ooco_gym.cluster.control import RULES, TPOT_BOUND
+from ooco_gym.cluster.state import (
+    DOWN,
+    NONE,
+    OFFLINE_DECODES,
+    ONLINE_DECODES,
+    PARTIAL_OFFLINE,
+    PARTIAL_ONLINE,
+    UNIFIED,
+)
 
 ADMIT_NONE = RULES["admission"].index("none")
+ADMIT_UNIFIED = RULES["admission"].index("unified")
 FCFS = RULES["prefill_order"].index("fcfs")
-LAYER = RULES["preemption"].index("layer")
+CHUNK = RULES["preemption"].index("chunk")
+ITERATION = RULES["preemption"].index("iteration")
 ROUND_ROBIN = RULES["routing"].index("round_robin")
 DECODE_STRICT = RULES["offline_decode"].index("strict")
 LEAST_KV = RULES["placement"].index("least_kv")
@@ -25,14 +35,28 @@ MIX_ALL = RULES["mix_selection"].index("all")
 PULL_LONGEST = RULES["migration"].index("longest")
 PULL_NONE = RULES["migration"].index("none")
 EVICT_NEWEST = RULES["eviction"].index("newest")
+KEEP_ON_HOST = RULES["evicted_kv"].index("host")
+
+
+@kernel
+def draining(c, instance):
+    return c.instances[instance].becoming != c.instances[instance].role
+
+
+@kernel
+def unavailability(c, instance):
+    """0 for an available instance, 1 for one that drains, 2 for one that is down: the last resort."""
+    if c.instances[instance].activity == DOWN:
+        return 2
+    return 1 if draining(c, instance) else 0
 
 
 @kernel
 def routing_score(c, instance, slot):
-    """Which relaxed instance prefills an online request: least predicted seconds of pending online prefill."""
+    """Which instance prefills an online request: least predicted seconds of pending online prefill."""
     world = c.world[0]
     if world.rule_routing == ROUND_ROBIN:
-        return float((instance - world.round_robin) % world.relaxed)
+        return float((instance - world.routed_last - 1) % world.instances)
     return c.instances[instance].pending_s
 
 
@@ -61,22 +85,43 @@ def evicts_for_online(c):
 
 @kernel
 def victim(c, instance):
-    """Whose KV goes when a decode batch outgrows its instance: the newest offline, then the newest online request."""
+    """Whose KV goes when a decode batch outgrows its instance: offline before online, what has begun before what
+    decodes, and the newest of each; or, decoding, the newest of both."""
+    partial = lists.last(c, instance, PARTIAL_OFFLINE)
+    partial_online = lists.last(c, instance, PARTIAL_ONLINE)
     offline = lists.last(c, instance, OFFLINE_DECODES)
     online = lists.last(c, instance, ONLINE_DECODES)
-    if offline == NONE:
-        return online
-    if online == NONE or c.world[0].rule_eviction != EVICT_NEWEST:
-        return offline
+    if partial != NONE:
+        return partial
+    if c.world[0].rule_eviction != EVICT_NEWEST:
+        if offline != NONE:
+            return offline
+        return partial_online if partial_online != NONE else online
+    if partial_online != NONE:
+        return partial_online
+    if offline == NONE or online == NONE:
+        return online if offline == NONE else offline
     return offline if c.slots[offline].order > c.slots[online].order else online
 
 
 @kernel
-def mix_bound_s(c, tpot_bound):
-    """Longest strict iteration that mix selection may plan; infinite where every resident decodes."""
+def tpot_slo_s(c, instance):
+    """The tightest TPOT objective among the online requests that decode here; among all classes where none does."""
+    least = math.inf
+    for which in range(c.world[0].slo_classes):
+        if c.class_decodes[instance, which] > 0:
+            least = min(least, c.slo_s[which, 1])
+    return least if least < math.inf else c.world[0].tightest_tpot_s
+
+
+@kernel
+def mix_bound_s(c, instance):
+    """Longest iteration that may be planned here; infinite where every resident decodes, or nothing online does."""
     if c.world[0].rule_mix_selection == MIX_ALL:
         return math.inf
-    return tpot_bound * c.world[0].tpot_slo_s
+    if c.instances[instance].role == UNIFIED and lists.length(c, instance, ONLINE_DECODES) == 0:
+        return math.inf
+    return c.knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
 
 
 @kernel

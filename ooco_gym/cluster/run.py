@@ -16,8 +16,9 @@ import math
 import numpy as np
 
 from ooco_gym._jit import kernel
+from ooco_gym.cluster import lists
 from ooco_gym.cluster.queues import schedule
-from ooco_gym.cluster.state import DECODING, TBT_BINS, TBT_FIRST_S, TBT_RATIO
+from ooco_gym.cluster.state import DECODING, NONE, ONLINE_DECODES, TBT_BINS, TBT_FIRST_S, TBT_RATIO
 
 _LOG_RATIO = math.log(TBT_RATIO)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -111,9 +112,15 @@ def growth(c, instance, first_step, count, offline):
 @kernel
 def growth_steps_that_fit(c, instance):
     """How many more steps of growth the free blocks allow, counted from the current step."""
+    state = c.instances[instance]
+    return growth_steps_within(c, instance, state.kv_blocks - state.used_blocks)
+
+
+@kernel
+def growth_steps_within(c, instance, free):
+    """How many more steps of growth take at most ``free`` blocks, counted from the current step."""
     block = c.world[0].block_tokens
     state = c.instances[instance]
-    free = state.kv_blocks - state.used_blocks
     batch = state.selected_online + state.selected_offline
     cycles = free // batch
     free -= cycles * batch
@@ -134,12 +141,33 @@ def tbt_bin(gap_s):
 
 
 @kernel
+def _count_first_gaps(c, instance):
+    """A sequence new to the batch has a gap of its own: from its last token, wherever that was, to the end of the
+    first iteration here. The others continue from the iteration before."""
+    world = c.world[0]
+    state = c.instances[instance]
+    end_s = boundary_s(state, 1)
+    counted = world.measure_from_s < end_s <= world.measure_to_s
+    fresh = 0
+    slot = lists.last(c, instance, ONLINE_DECODES)
+    while slot != NONE:
+        record = c.slots[slot]
+        if record.selected == 1:
+            if record.last_token_s < 0.0:
+                break  # members of the previous batch follow
+            fresh += 1
+            if counted:
+                c.tbt[tbt_bin(end_s - record.last_token_s)] += 1
+            record.last_token_s = -1.0
+        slot = record.prev
+    if counted:
+        c.tbt[tbt_bin(duration_s(state, 1))] += state.selected_online - fresh
+
+
+@kernel
 def _count_gaps(c, instance, first, last):
     """Add the gaps of online tokens of iterations first..last after the anchor to the TBT histogram."""
     state = c.instances[instance]
-    if first == 1:
-        c.tbt[tbt_bin(duration_s(state, 1))] += state.selected_online - state.fresh_online
-        first = 2
     while first <= last:
         which = tbt_bin(duration_s(state, first))
         low, high = first, last  # the last iteration of the same bin, by bisection: durations only grow
@@ -161,8 +189,11 @@ def advance(c, instance, k):
     if count <= 0:
         return
     world = c.world[0]
-    if state.selected_online > 0 and boundary_s(state, k) > world.measure_from_s:
-        _count_gaps(c, instance, state.done + 1, k)
+    if state.selected_online > 0:
+        if state.done == 0:
+            _count_first_gaps(c, instance)
+        if boundary_s(state, k) > world.measure_from_s:
+            _count_gaps(c, instance, max(state.done + 1, 2), k)
     # Growth belongs to the boundary between two iterations; the one at ``run_end`` is left to the decision there.
     grown = count if k < state.run_end else count - 1
     online_growth = growth(c, instance, state.steps, grown, 1)

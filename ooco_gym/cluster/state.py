@@ -44,6 +44,7 @@ REQUEUED = 1  # offline work that lost its KV, served before the backlog
 UNUSED, QUEUED, PREFILL, HELD, TRANSFER, RESIDENT, PARTIAL, CHECKPOINT, RESTORE = 0, 1, 2, 3, 4, 5, 6, 7, 8
 
 NONE = -1
+UNKNOWN = -(1 << 62)
 
 WORLD = np.dtype(
     [
@@ -148,7 +149,6 @@ INSTANCE = np.dtype(
         ("c1_s", np.float64),
         ("done", np.int64),  # iterations since the anchor that are accounted
         ("run_end", np.int64),  # iteration since the anchor after which the next decision is due
-        ("fresh_online", np.int64),  # online sequences whose first gap here was recorded on its own
         ("last_iteration_s", np.float64),
         ("batches", np.uint64),  # counter that keys the noise of each batch
         # running prefill
@@ -165,7 +165,7 @@ INSTANCE = np.dtype(
         ("piece_causal", np.float64),
         ("piece_full", np.float64),
         ("piece_kv", np.int64),
-        ("longest", np.int64),  # longest selected context less ``steps``; NONE when it must be looked up
+        ("longest", np.int64),  # longest selected context less ``steps``; UNKNOWN when it must be looked up
         ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running; exact sums
         ("head_refused", np.int64),  # the last decision stopped at the head of the backlog: it did not fit
         ("offline_here", np.int64),  # offline requests that hold KV here, in whatever state
@@ -177,6 +177,7 @@ INSTANCE = np.dtype(
         # pull
         ("next_pull_s", np.float64),
         ("pulled_slot", np.int64),
+        ("granted", np.int64),  # residents here that leave at the next boundary
         ("pull_cursor", np.int64),  # instance asked last
         # pushback
         ("next_push_s", np.float64),
@@ -198,6 +199,7 @@ SLOT = np.dtype(
         ("blocks", np.int64),  # KV blocks held at ``instance`` while not selected
         ("instance", np.int64),
         ("target", np.int64),  # destination of a hand-over or pull
+        ("queue", np.int64),  # which of the target's inbound queues it waits in
         ("leaving", np.int64),  # a pull was granted; leaves at the next boundary
         ("done", np.int64),  # tokens of the running prefill whose KV is there
         ("piece", np.int64),  # tokens of it in the running iteration

@@ -1,4 +1,5 @@
-"""A strict instance: online decode, offline decodes mixed in under the TPOT bound, and pulls for more of them."""
+"""A strict instance: online decode, offline decodes mixed in under the TPOT bound, pulls for more of them and, where KV
+runs short, pushing them back."""
 
 from __future__ import annotations
 
@@ -6,21 +7,22 @@ import math
 
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
-from ooco_gym.cluster.control import PULL_KV, PULL_LENGTH, TPOT_BOUND
+from ooco_gym.cluster.control import KV_RESERVE, PULL_KV, PULL_LENGTH, PUSHBACK, STRICT_PREFILL, TPOT_BOUND
 from ooco_gym.cluster.decode import (
     PULL_TARGET_RATIO,
     batch_context,
     batch_size,
     decode_or_idle,
-    end_iteration,
     mix_selection,
     pull_step_limit_s,
 )
-from ooco_gym.cluster.residents import context_now, free_blocks, wake
-from ooco_gym.cluster.rules import PULL_NONE, migration_score
-from ooco_gym.cluster.run import advance_to_time
-from ooco_gym.cluster.state import DECODING, NONE, OFFLINE_DECODES
-from ooco_gym.cluster.transfer import admit_inbound
+from ooco_gym.cluster.mixing import add_strict_prefill
+from ooco_gym.cluster.residents import context_now, free_blocks, leave, wake
+from ooco_gym.cluster.restore import start_restores
+from ooco_gym.cluster.rules import PULL_NONE, draining, migration_score, tpot_slo_s, unavailability
+from ooco_gym.cluster.run import advance_to_time, blocks_for
+from ooco_gym.cluster.state import DOWN, NONE, OFFLINE_DECODES, RELAXED
+from ooco_gym.cluster.transfer import admit_inbound, start_transfer
 from ooco_gym.roofline.cost import decode_affine
 
 
@@ -31,10 +33,22 @@ def preferred_length(c, instance, free_tokens, left):
     Closed form min(free / left, (bound - c0(batch + left) - c1 sum) / (c1 left)); below 1 there is no such length.
     """
     state = c.instances[instance]
-    bound_s = PULL_TARGET_RATIO * c.knobs[TPOT_BOUND] * c.world[0].tpot_slo_s
+    bound_s = PULL_TARGET_RATIO * c.knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
     c0, c1 = decode_affine(c.scheduler_cost[instance], float(batch_size(state) + left))
     by_time = (bound_s - c0 - c1 * batch_context(state)) / (c1 * left)
     return min(by_time, float(free_tokens // left))
+
+
+@kernel
+def _next_source(c, instance):
+    """The relaxed instance whose turn it is to be asked: by index and around; NONE while none is up."""
+    count = c.world[0].instances
+    cursor = c.instances[instance].pull_cursor
+    for step in range(1, count + 1):
+        source = (cursor + step) % count
+        if c.instances[source].role == RELAXED and c.instances[source].activity != DOWN:
+            return source
+    return NONE
 
 
 @kernel
@@ -44,11 +58,15 @@ def pull(c, instance):
     state = c.instances[instance]
     if world.rule_migration == PULL_NONE or state.pulled_slot != NONE or world.now_s < state.next_pull_s:
         return
-    if state.used_blocks >= c.knobs[PULL_KV] * state.kv_blocks or state.last_iteration_s >= pull_step_limit_s(c):
+    if draining(c, instance) or state.used_blocks >= c.knobs[PULL_KV] * state.kv_blocks:
+        return
+    if state.last_iteration_s >= pull_step_limit_s(c, instance):
         return
     state.next_pull_s = world.now_s + world.pull_interval_s
-    source = state.pull_cursor % world.relaxed
-    state.pull_cursor += 1
+    source = _next_source(c, instance)
+    if source == NONE:
+        return
+    state.pull_cursor = source
     free_tokens = free_blocks(c, instance) * world.block_tokens
     left = max(int(math.ceil(state.saturation_batch)) - batch_size(state), 1)
     length = preferred_length(c, instance, free_tokens, left)
@@ -70,23 +88,54 @@ def pull(c, instance):
         return
     c.slots[best].leaving = 1
     c.slots[best].target = instance
+    c.instances[source].granted += 1
     state.pulled_slot = best
     wake(c, source)
 
 
 @kernel
-def strict_decision(c, instance):
-    """The end of an iteration, or a wake-up, of a strict instance."""
+def push_back_offline(c, instance):
+    """Above its KV mark a strict instance sends its newest offline decode to the emptiest relaxed instance with room."""
     world = c.world[0]
     state = c.instances[instance]
-    was_decoding = state.activity == DECODING
-    if was_decoding:
-        end_iteration(c, instance)
-    else:
+    if c.knobs[PUSHBACK] >= 1.0 or state.pushed_slot != NONE or world.now_s < state.next_push_s:
+        return
+    slot = lists.last(c, instance, OFFLINE_DECODES)
+    if slot == NONE or state.used_blocks <= c.knobs[PUSHBACK] * state.kv_blocks:
+        return
+    state.next_push_s = world.now_s + world.pull_interval_s
+    target = NONE
+    least = math.inf
+    for other in range(world.instances):
+        if c.instances[other].role == RELAXED and unavailability(c, other) == 0:
+            advance_to_time(c, other, world.now_s)
+            share = c.instances[other].used_blocks / c.instances[other].kv_blocks
+            if share < least:
+                target, least = other, share
+    if target == NONE:
+        return
+    used = c.instances[target].used_blocks + blocks_for(c, context_now(c, slot))
+    if used <= (1.0 - c.knobs[KV_RESERVE]) * c.instances[target].kv_blocks:
+        leave(c, instance, slot)
+        state.pushed_slot = slot
+        world.pushbacks += 1
+        start_transfer(c, slot, target)
+
+
+@kernel
+def choose_strict(c, instance, was_decoding):
+    """The next iteration of a strict instance."""
+    world = c.world[0]
+    state = c.instances[instance]
+    if not was_decoding:
         state.last_iteration_s = 0.0
     admit_inbound(c, instance)
     pull(c, instance)
+    start_restores(c, instance)
+    push_back_offline(c, instance)
     mix_selection(c, instance)
+    if c.knobs[STRICT_PREFILL] >= 1.0:
+        add_strict_prefill(c, instance)
     # An idle instance has no steps to pull after; it steps emptily every pull interval instead.
     polls = world.rule_migration != PULL_NONE
     next_look_s = max(state.next_pull_s, world.now_s + world.pull_interval_s) if polls else math.inf

@@ -18,12 +18,16 @@ import numpy.typing as npt
 from ooco_gym._jit import entry_point, kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import KNOB_NAMES
+from ooco_gym.cluster.rules import unavailability
 from ooco_gym.cluster.state import (
+    DOWN,
     NONE,
     OFFLINE_DECODES,
     ONLINE_DECODES,
+    RELAXED,
     REQUEUED,
     RING_SECONDS,
+    STRICT,
     WAITING,
     Cluster,
 )
@@ -34,17 +38,18 @@ from ooco_gym.roofline.cost import decode_s
 FIELDS: tuple[tuple[str, str, str], ...] = (
     ("time_s", "s", "time of this record since the start of the episode or of the gateway"),
     ("scrape_age_s", "s", "age of the oldest measurement in this record; 0 in simulation"),
-    ("relaxed_instances", "instances", "size of the latency-relaxed pool"),
-    ("strict_instances", "instances", "size of the latency-strict pool"),
-    ("ttft_slo_s", "s", "TTFT objective"),
-    ("tpot_slo_s", "s", "TPOT objective"),
+    ("relaxed_instances", "instances", "latency-relaxed pool: instances up that prefill; unified ones count in both pools"),
+    ("strict_instances", "instances", "latency-strict pool: instances up that decode online requests"),
+    ("unavailable_instances", "instances", "down, or draining before a change of role"),
+    ("ttft_slo_s", "s", "TTFT objective, of the tightest class"),
+    ("tpot_slo_s", "s", "TPOT objective, of the tightest class"),
     ("decode_floor_s", "s", "predicted decode iteration of one online request of mean length"),
     ("mean_prefill_s", "s", "predicted prefill of one online request of mean length"),
     ("saturation_batch", "sequences", "B_sat, the decode batch that saturates compute"),
     ("queued_prefill_mean_s", "s", "predicted online prefill waiting or running per relaxed instance, mean"),
     ("queued_prefill_max_s", "s", "the same, longest instance"),
     ("oldest_wait_s", "s", "wait of the oldest online request whose prefill has not started"),
-    ("relaxed_decodes_mean", "sequences", "offline decodes resident per relaxed instance, mean"),
+    ("relaxed_decodes_mean", "sequences", "offline requests that hold KV per relaxed instance, mean"),
     ("relaxed_decodes_max", "sequences", "the same, largest instance"),
     ("relaxed_kv_online", "share", "KV taken by online work in the relaxed pool"),
     ("relaxed_kv_offline", "share", "KV taken by offline work in the relaxed pool"),
@@ -115,48 +120,59 @@ def _decode_or_zero_s(cost, batch, context):
 @kernel
 def _fill_relaxed(c, out):
     world = c.world[0]
+    pool = 0
     pending = 0.0
     decodes = 0
     online = 0
     used = 0
-    for instance in range(world.relaxed):
+    blocks = 0
+    for instance in range(world.instances):
         state = c.instances[instance]
-        resident = lists.length(c, instance, OFFLINE_DECODES) + state.held_offline
-        pending += max(state.pending_s, 0.0)
-        decodes += resident
-        online += state.online_blocks
-        used += state.used_blocks
-        out.queued_prefill_max_s = max(out.queued_prefill_max_s, state.pending_s)
-        out.relaxed_decodes_max = max(out.relaxed_decodes_max, float(resident))
-        out.relaxed_kv_max = max(out.relaxed_kv_max, state.used_blocks / state.kv_blocks)
         oldest = lists.first(c, instance, WAITING)
         if oldest != NONE:
             out.oldest_wait_s = max(out.oldest_wait_s, world.now_s - c.slots[oldest].arrival_s)
-    blocks = float(world.relaxed * c.instances[0].kv_blocks)
-    out.queued_prefill_mean_s = pending / world.relaxed
-    out.relaxed_decodes_mean = decodes / world.relaxed
-    out.relaxed_kv_online = online / blocks
-    out.relaxed_kv_offline = (used - online) / blocks
+        out.unavailable_instances += 1.0 if unavailability(c, instance) > 0 else 0.0
+        if state.role == STRICT or state.activity == DOWN:
+            continue
+        pool += 1
+        pending += max(state.pending_s, 0.0)
+        decodes += state.offline_here
+        online += state.online_blocks
+        used += state.used_blocks
+        blocks += state.kv_blocks
+        out.queued_prefill_max_s = max(out.queued_prefill_max_s, state.pending_s)
+        out.relaxed_decodes_max = max(out.relaxed_decodes_max, float(state.offline_here))
+        out.relaxed_kv_max = max(out.relaxed_kv_max, state.used_blocks / state.kv_blocks)
+    out.relaxed_instances = pool
+    out.queued_prefill_mean_s = pending / max(pool, 1)
+    out.relaxed_decodes_mean = decodes / max(pool, 1)
+    out.relaxed_kv_online = online / max(blocks, 1)
+    out.relaxed_kv_offline = (used - online) / max(blocks, 1)
 
 
 @kernel
 def _fill_strict(c, out):
     world = c.world[0]
-    strict = world.instances - world.relaxed
+    pool = 0
     decodes = 0
     residents = 0
     online = 0
     used = 0
     blocks = 0
-    for instance in range(world.relaxed, world.instances):
+    online_s_sum = 0.0
+    batch_s_sum = 0.0
+    for instance in range(world.instances):
         state = c.instances[instance]
+        if state.role == RELAXED or state.activity == DOWN:
+            continue
+        pool += 1
         batch = state.selected_online + state.selected_offline
         cost = c.scheduler_cost[instance]
         online_s = _decode_or_zero_s(cost, state.selected_online, state.context_online)
         batch_s = _decode_or_zero_s(cost, batch, state.context_online + state.context_offline)
-        out.strict_online_s_mean += online_s / strict
+        online_s_sum += online_s
+        batch_s_sum += batch_s
         out.strict_online_s_max = max(out.strict_online_s_max, online_s)
-        out.strict_batch_s_mean += batch_s / strict
         out.strict_batch_s_max = max(out.strict_batch_s_max, batch_s)
         out.strict_decodes_max = max(out.strict_decodes_max, float(batch))
         out.strict_kv_max = max(out.strict_kv_max, state.used_blocks / state.kv_blocks)
@@ -165,10 +181,13 @@ def _fill_strict(c, out):
         online += state.online_blocks
         used += state.used_blocks
         blocks += state.kv_blocks
-    out.strict_decodes_mean = decodes / strict
-    out.strict_paused_mean = (residents - decodes) / strict
-    out.strict_kv_online = online / blocks
-    out.strict_kv_offline = (used - online) / blocks
+    out.strict_instances = pool
+    out.strict_online_s_mean = online_s_sum / max(pool, 1)
+    out.strict_batch_s_mean = batch_s_sum / max(pool, 1)
+    out.strict_decodes_mean = decodes / max(pool, 1)
+    out.strict_paused_mean = (residents - decodes) / max(pool, 1)
+    out.strict_kv_online = online / max(blocks, 1)
+    out.strict_kv_offline = (used - online) / max(blocks, 1)
 
 
 @kernel
@@ -234,9 +253,8 @@ def fill(c, out):
     out.oldest_wait_s = 0.0
     out.relaxed_decodes_max = 0.0
     out.relaxed_kv_max = 0.0
-    out.strict_online_s_mean = 0.0
+    out.unavailable_instances = 0.0
     out.strict_online_s_max = 0.0
-    out.strict_batch_s_mean = 0.0
     out.strict_batch_s_max = 0.0
     out.strict_decodes_max = 0.0
     out.strict_kv_max = 0.0
