@@ -15,8 +15,8 @@ from ooco_gym.cluster.control import KNOB_NAMES, KNOBS, RULES, ooco_knobs
 from ooco_gym.cluster.simulator import Simulator
 from ooco_gym.roofline.hardware import CalibratedConstants, HardwareSpec
 from ooco_gym.roofline.model import ModelSpec
-from ooco_gym.scenario import ClusterSpec, CostSpec, FaultSpec, Scenario, SloClass, SloSpec
-from ooco_gym.specs import Outage
+from ooco_gym.scenario import Scenario
+from ooco_gym.specs import ClusterSpec, CostSpec, FaultSpec, Outage, SloClass, SloSpec
 from ooco_gym.workload import OfflineJobs, Requests
 
 # 8 layers, 32 KiB of KV per token on a device with 2 GB/s: a decode iteration costs about 10 ms plus 16 us per token

@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 
 from ooco_gym.cluster.simulator import Simulator
-from ooco_gym.cluster.state import DECODING, TBT_BINS, TBT_FIRST_S, TBT_RATIO
+from ooco_gym.cluster.state import DECODING, DOWN, TBT_BINS, TBT_FIRST_S, TBT_RATIO
 from tests.reference.cases import Case
-from tests.reference.simulator import Reference
+from tests.reference.simulator import ROLES, Reference
 
 TOLERANCE = 1e-9
 
@@ -25,6 +25,8 @@ def differences(simulator: Simulator, reference: Reference) -> list[str]:
         mine = np.where(np.isnan(values) & np.isinf(mine), np.nan, mine)
         bad = ~np.isclose(values, mine, rtol=TOLERANCE, atol=0.0, equal_nan=True)
         found += [f"{name} of online {i}: kernel {values[i]!r}, reference {mine[i]!r}" for i in np.flatnonzero(bad)]
+    cancelled_s = np.array([request.cancelled_s for request in reference.online])
+    found += [f"cancellation of online {i}" for i in np.flatnonzero(cluster.online_gone_s != cancelled_s)]
     world = cluster.world[0]
     for name, count in reference.counters().items():
         if world[name] != count:
@@ -36,9 +38,15 @@ def differences(simulator: Simulator, reference: Reference) -> list[str]:
             found.append(f"{name}: kernel {value!r}, reference {reference.seconds[name]!r}")
     for instance in reference.instances:
         record = cluster.instances[instance.index]
-        for name, count in (("used_blocks", instance.used), ("online_blocks", instance.online_used)):
-            if record["grown"] == 1 and record[name] != count:
-                found.append(f"{name} of instance {instance.index}: kernel {record[name]}, reference {count}")
+        fields = {"role": ROLES.index(instance.role), "becoming": ROLES.index(instance.becoming)}
+        fields["host_used"] = sum(instance.host.values())
+        if record["grown"] == 1:
+            fields |= {"used_blocks": instance.used, "online_blocks": instance.online_used}
+        for name, value in fields.items():
+            if record[name] != value:
+                found.append(f"{name} of instance {instance.index}: kernel {record[name]}, reference {value}")
+        if (record["activity"] == DOWN) == instance.up:
+            found.append(f"instance {instance.index} is {'up' if instance.up else 'down'} in the reference alone")
     return found
 
 

@@ -50,12 +50,12 @@ class Unified:
 
     def offline_pieces(self, instance: Instance, bound_s: float) -> None:
         """Partial prefills, then the backlog."""
-        while len(instance.pieces) < self.max_seqs:
+        while True:
             fresh = not instance.partial_offline
-            if fresh and (instance.waiting or not self.may_start(instance)):
+            if fresh and instance.waiting:
                 break
             request = self.offered(instance) if fresh else instance.partial_offline[0]
-            if request is None:
+            if request is None or len(instance.pieces) == self.max_seqs or (fresh and not self.may_start(instance)):
                 break
             offline = sum(piece.tokens for piece in instance.pieces if not piece.request.online)
             most = int(min(request.left, self.tokens_left(instance), self.chunk() - offline))
