@@ -200,7 +200,9 @@ class Scenario:
         marginal = []
         for cost, saturated in zip(self.scheduler_cost, self.instance_saturation_batch, strict=True):
             batch = float(saturated)
-            marginal.append(decode_s(cost, batch + 1.0, (batch + 1.0) * context) - decode_s(cost, batch, batch * context))
+            marginal.append(
+                decode_s(cost, batch + 1.0, (batch + 1.0) * context) - decode_s(cost, batch, batch * context)
+            )
         return float(np.mean(marginal))
 
     def with_rate_scale(self, rate_scale: float) -> Scenario:

@@ -57,8 +57,10 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         for name in ROLES:
-            _check(_is_count(getattr(self, name), 0), f"cluster.{name}", getattr(self, name), "a whole number is needed")
-        if not (self.relaxed and self.strict or self.unified and not self.relaxed and not self.strict):
+            _check(
+                _is_count(getattr(self, name), 0), f"cluster.{name}", getattr(self, name), "a whole number is needed"
+            )
+        if not ((self.relaxed and self.strict) or (self.unified and not self.relaxed and not self.strict)):
             raise OocoError(
                 f"cluster has {self.relaxed} relaxed, {self.strict} strict and {self.unified} unified instances: it needs "
                 "at least one relaxed and one strict instance, or unified ones alone"
@@ -68,7 +70,10 @@ class ClusterSpec:
             _check(_is_count(value, 1), f"cluster.{name}", value, "it must be an integer of at least 1")
         share = self.memory_utilization
         _check(
-            is_number(share) and 0.0 < share <= 1.0, "cluster.memory_utilization", share, "accepted is above 0, at most 1"
+            is_number(share) and 0.0 < share <= 1.0,
+            "cluster.memory_utilization",
+            share,
+            "accepted is above 0, at most 1",
         )
         for name in ("link_bytes_per_s", "host_bytes_per_s", "pull_interval_s"):
             value = getattr(self, name)
@@ -134,12 +139,16 @@ class SloSpec:
     classes: tuple[SloClass, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(len(self.classes) <= MOST_CLASSES, "slo.classes", len(self.classes), f"at most {MOST_CLASSES} are accepted")
+        _check(
+            len(self.classes) <= MOST_CLASSES, "slo.classes", len(self.classes), f"at most {MOST_CLASSES} are accepted"
+        )
         for entry in (self, *self.classes):
             where = f"slo.classes.{entry.name}" if isinstance(entry, SloClass) else "slo"
             for name in ("ttft_s", "tpot_s"):
                 value = getattr(entry, name)
-                _check(is_number(value) and value > 0, f"{where}.{name}", value, "it must be a positive number of seconds")
+                _check(
+                    is_number(value) and value > 0, f"{where}.{name}", value, "it must be a positive number of seconds"
+                )
         for entry in self.classes:
             _check(is_number(entry.share) and entry.share > 0, f"slo.classes.{entry.name}.share", entry.share,
                    "it must be a positive number")  # fmt: skip
@@ -200,7 +209,9 @@ class FaultSpec:
         for name in ("mean_time_between_failures_s", "mean_repair_s", "cancel_after_s"):
             value = getattr(self, name)
             if not (name == "mean_time_between_failures_s" and value is None):
-                _check(is_number(value) and value > 0, f"faults.{name}", value, "it must be a positive number of seconds")
+                _check(
+                    is_number(value) and value > 0, f"faults.{name}", value, "it must be a positive number of seconds"
+                )
         share = self.cancel_share
         _check(is_number(share) and 0 <= share <= 1, "faults.cancel_share", share, "accepted is 0 to 1")
         for outage in self.outages:

@@ -28,7 +28,7 @@ def _offline_job_waits(c):
         if world.rejected_offline == world.offline_taken >= world.offline_jobs:
             return False  # an endless backlog of which nothing fits
         row = world.offline_taken % world.offline_jobs
-        if fits_anywhere(c, c.offline_prompt[row], c.offline_output[row]):
+        if fits_anywhere(c, c.offline[row].prompt, c.offline[row].output):
             return True
         world.offline_taken += 1
         world.rejected_offline += 1
@@ -54,8 +54,8 @@ def peek_offline(c):
     if slot != NONE:
         return c.slots[slot].context, c.slots[slot].arrival_s
     row = world.offline_taken % world.offline_jobs
-    since_s = world.offline_head_s if world.endless == 1 else c.offline_arrival_s[row]
-    return int(c.offline_prompt[row]), since_s
+    since_s = world.offline_head_s if world.endless == 1 else c.offline[row].arrival_s
+    return int(c.offline[row].prompt), since_s
 
 
 @kernel
@@ -77,9 +77,9 @@ def take_offline(c):
     slot = pop_front(c, world.instances, FREE)
     record = c.slots[slot]
     record.online = NONE
-    record.prompt = c.offline_prompt[row]
-    record.output = c.offline_output[row]
-    record.arrival_s = world.offline_head_s if world.endless == 1 else c.offline_arrival_s[row]
+    record.prompt = c.offline[row].prompt
+    record.output = c.offline[row].output
+    record.arrival_s = world.offline_head_s if world.endless == 1 else c.offline[row].arrival_s
     world.offline_taken += 1
     world.offline_prompt_sum += record.prompt
     world.offline_head_s = world.now_s

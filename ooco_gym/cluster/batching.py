@@ -64,7 +64,7 @@ def too_short(piece, left):
 @kernel
 def chunk_limit(c):
     """Most offline prompt tokens in one iteration; infinite where prompts are not cut."""
-    chunk = c.knobs[PREFILL_CHUNK]
+    chunk = c.world[0].knobs[PREFILL_CHUNK]
     return math.inf if chunk >= WHOLE_PROMPT else math.floor(chunk)
 
 
@@ -72,14 +72,14 @@ def chunk_limit(c):
 def gate_open(c, instance, others):
     """Whether the gate admits another offline request beside those that hold KV here and ``others``."""
     state = c.instances[instance]
-    return state.offline_here + others < c.knobs[GATE_BATCH] * state.saturation_batch
+    return state.offline_here + others < c.world[0].knobs[GATE_BATCH] * state.saturation_batch
 
 
 @kernel
 def offline_fits(c, instance, tokens):
     """Offline work leaves the reserved share of the KV free."""
     state = c.instances[instance]
-    return state.used_blocks + blocks_for(c, tokens) <= (1.0 - c.knobs[KV_RESERVE]) * state.kv_blocks
+    return state.used_blocks + blocks_for(c, tokens) <= (1.0 - c.world[0].knobs[KV_RESERVE]) * state.kv_blocks
 
 
 @kernel

@@ -20,7 +20,18 @@ from ooco_gym.cluster.run import (
     growth_steps_that_fit,
     growth_steps_within,
 )
-from ooco_gym.cluster.state import BATCH, DECODING, IDLE, NONE, OFFLINE_DECODES, ONLINE_DECODES, RELAXED, STRICT
+from ooco_gym.cluster.state import (
+    BATCH,
+    DECODING,
+    IDLE,
+    NONE,
+    OFFLINE_DECODES,
+    ONLINE_DECODES,
+    RELAXED,
+    SCHEDULER_COST,
+    STRICT,
+    TRUE_COST,
+)
 from ooco_gym.roofline.cost import causal_pairs, decode_affine, decode_s, iteration_s
 
 #: The open implementation pulls while the last step took less than 0.9 of the TPOT SLO, plans the pulled batch to the
@@ -105,7 +116,7 @@ def mix_selection(c, instance):
     state = c.instances[instance]
     bound_s = mix_bound_s(c, instance)
     stride = mix_stride(c)
-    cost = c.scheduler_cost[instance]
+    cost = c.costs[instance, SCHEDULER_COST]
     if state.selected_offline > 0:
         _select_new_online(c, instance)
     tail = _last_selected(c, instance)
@@ -138,13 +149,13 @@ def _iterations_within_mix_bound(c, instance):
     size, context = _checkpoint(c, instance, _last_selected(c, instance), mix_stride(c))
     if size == 0:
         return math.inf
-    c0, c1 = decode_affine(c.scheduler_cost[instance], float(size))
+    c0, c1 = decode_affine(c.costs[instance, SCHEDULER_COST], float(size))
     return max(1.0, math.floor(((bound_s - c0) / c1 - context) / size) - 1.0)
 
 
 @kernel
 def pull_step_limit_s(c, instance):
-    return PULL_STEP_RATIO * c.knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
+    return PULL_STEP_RATIO * c.world[0].knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
 
 
 @kernel
@@ -165,7 +176,7 @@ def _first_pull_boundary(c, instance):
     state = c.instances[instance]
     if c.world[0].rule_migration == PULL_NONE or state.pulled_slot != NONE or draining(c, instance):
         return math.inf
-    if state.used_blocks >= c.knobs[PULL_KV] * state.kv_blocks:
+    if state.used_blocks >= c.world[0].knobs[PULL_KV] * state.kv_blocks:
         return math.inf  # KV only fills up during a run
     k = _first_boundary_at(c, instance, state.next_pull_s)
     return float(k) if duration_s(state, k) < pull_step_limit_s(c, instance) else math.inf
@@ -175,7 +186,7 @@ def _first_pull_boundary(c, instance):
 def _first_push_boundary(c, instance):
     """Iteration after which KV use calls for sending an offline decode back; infinite if it will not."""
     state = c.instances[instance]
-    share = c.knobs[PUSHBACK]
+    share = c.world[0].knobs[PUSHBACK]
     if share >= 1.0 or state.pushed_slot != NONE or lists.length(c, instance, OFFLINE_DECODES) == 0:
         return math.inf
     room = int(math.floor(share * state.kv_blocks)) - state.used_blocks
@@ -192,7 +203,7 @@ def start_run(c, instance, was_decoding):
         world.busy_s += boundary_s(state, state.done) - state.anchor_s if was_decoding else 0.0
         batch = batch_size(state)
         noise = batch_noise(c, instance)
-        c0, c1 = decode_affine(c.true_cost[instance], float(batch))
+        c0, c1 = decode_affine(c.costs[instance, TRUE_COST], float(batch))
         state.anchor_s = world.now_s
         state.anchor_batch = batch
         state.anchor_context = batch_context(state)
@@ -219,7 +230,7 @@ def start_mixed(c, instance, was_decoding):
     if was_decoding:
         stop_decoding(c, instance)
     batch = batch_size(state)
-    state.c0_s = batch_noise(c, instance) * iteration_with_pieces_s(c, c.true_cost[instance], instance, 0, 0)
+    state.c0_s = batch_noise(c, instance) * iteration_with_pieces_s(c, c.costs[instance, TRUE_COST], instance, 0, 0)
     state.c1_s = 0.0
     state.anchor_s = c.world[0].now_s
     state.anchor_batch = batch
@@ -264,7 +275,9 @@ def end_iteration(c, instance):
 def _complete_mixed(c, instance):
     state = c.instances[instance]
     batch = state.anchor_batch
-    decodes_s = decode_s(c.scheduler_cost[instance], float(batch), float(state.anchor_context)) if batch > 0 else 0.0
+    decodes_s = (
+        decode_s(c.costs[instance, SCHEDULER_COST], float(batch), float(state.anchor_context)) if batch > 0 else 0.0
+    )
     state.last_iteration_s = decodes_s  # what a pull may look at: prefill that rides along is no decode load
     c.world[0].mixed_iterations += 1
     complete_pieces(c, instance, state.c0_s, batch)

@@ -5,38 +5,43 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ooco_gym.cluster.state import CANCEL, DISRUPTION, FAIL, RECOVER
 from ooco_gym.specs import FaultSpec
 
-Times = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
+
+def disruptions(
+    faults: FaultSpec, arrival_s: npt.NDArray[np.float64], instances: int, horizon_s: float, seed: int
+) -> npt.NDArray[np.void]:
+    """[D] DISRUPTION in order: by time, cancellations before failures and recoveries, then by index."""
+    events = [*_cancellations(faults, arrival_s, seed), *_outages(faults, instances, horizon_s, seed)]
+    return np.array(sorted(events, key=lambda event: (event[0], event[1] != CANCEL, event[2])), DISRUPTION)
 
 
-def cancellations(faults: FaultSpec, arrival_s: Times, seed: int) -> tuple[Times, Indices]:
-    """(when, which request), float64 [C] and int64 [C] in order of time."""
+def _cancellations(faults: FaultSpec, arrival_s: npt.NDArray[np.float64], seed: int) -> list[tuple[float, int, int]]:
+    """Drawn for every request in order of arrival, so that each meets the same fate under every policy."""
     if faults.cancel_share == 0.0:
-        return np.zeros(0), np.zeros(0, np.int64)
+        return []
     generator = np.random.default_rng((seed, 0))
-    chosen = np.flatnonzero(generator.random(len(arrival_s)) < faults.cancel_share)
-    when_s = arrival_s[chosen] + generator.exponential(faults.cancel_after_s, len(arrival_s))[chosen]
-    order = np.argsort(when_s, kind="stable")
-    return when_s[order], chosen[order].astype(np.int64)
+    chosen = generator.random(len(arrival_s)) < faults.cancel_share
+    when_s = arrival_s + generator.exponential(faults.cancel_after_s, len(arrival_s))
+    return [(float(when_s[request]), CANCEL, int(request)) for request in np.flatnonzero(chosen)]
 
 
-def outages(faults: FaultSpec, instances: int, horizon_s: float, seed: int) -> tuple[Times, Indices, Indices]:
-    """(when, which instance, 1 for a recovery), [F] each, in order of time, then of the instance."""
+def _outages(faults: FaultSpec, instances: int, horizon_s: float, seed: int) -> list[tuple[float, int, int]]:
     events = [
         event
         for outage in faults.outages
-        for event in ((outage.at_s, outage.instance, 0), (outage.at_s + outage.for_s, outage.instance, 1))
+        for event in (
+            (outage.at_s, FAIL, outage.instance),
+            (outage.at_s + outage.for_s, RECOVER, outage.instance),
+        )
     ]
-    if faults.mean_time_between_failures_s is not None:
-        for instance in range(instances):
-            generator = np.random.default_rng((seed, 1, instance))
-            now_s = generator.exponential(faults.mean_time_between_failures_s)
-            while now_s < horizon_s:
-                up_s = now_s + generator.exponential(faults.mean_repair_s)
-                events += [(now_s, instance, 0), (up_s, instance, 1)]
-                now_s = up_s + generator.exponential(faults.mean_time_between_failures_s)
-    events.sort(key=lambda event: event[:2])
-    columns = list(zip(*events, strict=True)) or [(), (), ()]
-    return np.array(columns[0], np.float64), np.array(columns[1], np.int64), np.array(columns[2], np.int64)
+    mean_s = faults.mean_time_between_failures_s
+    for instance in range(instances if mean_s is not None else 0):
+        generator = np.random.default_rng((seed, 1, instance))
+        now_s = generator.exponential(mean_s)
+        while now_s < horizon_s:
+            up_s = now_s + generator.exponential(faults.mean_repair_s)
+            events += [(now_s, FAIL, instance), (up_s, RECOVER, instance)]
+            now_s = up_s + generator.exponential(mean_s)
+    return events

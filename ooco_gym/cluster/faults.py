@@ -162,7 +162,7 @@ def recover(c, instance):
 @kernel
 def cancel(c, request):
     """The client of an online request goes away: it leaves at once, or as soon as what it takes part in has ended."""
-    slot = c.online_slot[request]
+    slot = c.online[request].slot
     if slot == NONE:
         return
     world = c.world[0]
@@ -170,7 +170,7 @@ def cancel(c, request):
     instance = record.instance
     state = c.instances[instance]
     world.cancelled += 1
-    c.online_gone_s[request] = world.now_s
+    c.online[request].gone_s = world.now_s
     if record.phase == QUEUED:
         remove(c, instance, WAITING, slot)
         state.pending_s -= record.estimate_s

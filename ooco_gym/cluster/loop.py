@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from ooco_gym._jit import entry_point, kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.backlog import fits_anywhere, fresh_slot
@@ -15,8 +13,8 @@ from ooco_gym.cluster.faults import cancel, fail, recover
 from ooco_gym.cluster.lists import pop_front
 from ooco_gym.cluster.prefill import complete_prefill, interrupt_at_layer
 from ooco_gym.cluster.queues import (
-    CANCELLATION,
-    FAULT,
+    CLUSTER_SOURCES,
+    DISRUPTION,
     OFFLINE_ARRIVAL,
     ONLINE_ARRIVAL,
     cluster_source,
@@ -30,7 +28,7 @@ from ooco_gym.cluster.restore import restore_end
 from ooco_gym.cluster.roles import begin_role_change, change_role_if_drained, consider_roles
 from ooco_gym.cluster.rules import ITERATION
 from ooco_gym.cluster.run import advance_to_time
-from ooco_gym.cluster.state import DECODING, FREE, IDLE, PREFILLING_OFFLINE, RELAXED, STRICT
+from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, PREFILLING_OFFLINE, RELAXED, STRICT
 from ooco_gym.cluster.strict import choose_strict
 from ooco_gym.cluster.transfer import start_granted_pulls, transfer_end
 from ooco_gym.cluster.unified import choose_unified
@@ -71,8 +69,8 @@ def _maybe_preempt(c, instance, slot):
     if state.activity != PREFILLING_OFFLINE or world.rule_preemption == ITERATION:
         return
     predicted_ttft_s = max(state.predicted_end_s - world.now_s, 0.0) + state.pending_s
-    ttft_slo_s = c.slo_s[c.online_class[c.slots[slot].online], 0]
-    if predicted_ttft_s > c.knobs[PREEMPT_SLACK] * ttft_slo_s:
+    ttft_slo_s = world.slo_s[c.online[c.slots[slot].online].slo_class, 0]
+    if predicted_ttft_s > c.world[0].knobs[PREEMPT_SLACK] * ttft_slo_s:
         interrupt_at_layer(c, instance)
 
 
@@ -80,7 +78,7 @@ def _maybe_preempt(c, instance, slot):
 def _online_arrival(c):
     world = c.world[0]
     request = world.next_online
-    prompt, output = c.online_prompt[request], c.online_output[request]
+    prompt, output = c.online[request].prompt, c.online[request].output
     second = ring_second(c, world.now_s)
     second.arrivals += 1
     second.prompt_tokens += prompt
@@ -92,15 +90,15 @@ def _online_arrival(c):
         record.output = output
         record.arrival_s = world.now_s
         fresh_slot(c, slot)
-        c.online_slot[request] = slot
+        c.online[request].slot = slot
         instance = enqueue_online(c, slot, False)
         second.prefill_s += record.estimate_s
         _maybe_preempt(c, instance, slot)
     else:
-        c.online_first_s[request] = math.nan
+        c.online[request].first_s = math.nan
         world.rejected_online += 1
     world.next_online = request + 1
-    following = c.online_arrival_s[request + 1] if request + 1 < world.online_requests else math.inf
+    following = c.online[request + 1].arrival_s if request + 1 < world.online_requests else math.inf
     schedule(c, cluster_source(c, ONLINE_ARRIVAL), following)
 
 
@@ -109,31 +107,25 @@ def _offline_arrival(c):
     world = c.world[0]
     world.offline_arrived += 1
     arrived = world.offline_arrived
-    following = c.offline_arrival_s[arrived] if arrived < world.offline_jobs else math.inf
+    following = c.offline[arrived].arrival_s if arrived < world.offline_jobs else math.inf
     schedule(c, cluster_source(c, OFFLINE_ARRIVAL), following)
     wake_takers(c)
 
 
 @kernel
-def _cancellation(c):
+def _disruption(c):
     world = c.world[0]
-    cancel(c, c.cancel_request[world.next_cancel])
-    world.next_cancel += 1
-    following = c.cancel_s[world.next_cancel] if world.next_cancel < c.cancel_s.shape[0] else math.inf
-    schedule(c, cluster_source(c, CANCELLATION), following)
-
-
-@kernel
-def _fault(c):
-    world = c.world[0]
-    index = world.next_fault
-    if c.fault_up[index] == 1:
-        recover(c, c.fault_instance[index])
+    event = c.disruptions[world.next_disruption]
+    if event.kind == CANCEL:
+        cancel(c, event.index)
+    elif event.kind == FAIL:
+        fail(c, event.index)
     else:
-        fail(c, c.fault_instance[index])
-    world.next_fault += 1
-    following = c.fault_s[world.next_fault] if world.next_fault < c.fault_s.shape[0] else math.inf
-    schedule(c, cluster_source(c, FAULT), following)
+        recover(c, event.index)
+    world.next_disruption += 1
+    following = world.next_disruption
+    due_s = c.disruptions[following].time_s if following < c.disruptions.shape[0] else math.inf
+    schedule(c, cluster_source(c, DISRUPTION), due_s)
 
 
 @entry_point
@@ -147,7 +139,7 @@ def run(c, until_s):
     reserve = world.max_seqs + 1  # no single event takes more
     while True:
         source = next_source(c)
-        time_s = c.times[source]
+        time_s = c.queue[source].time_s
         if time_s > until_s:
             break
         if lists.length(c, instances, FREE) < reserve:
@@ -164,10 +156,8 @@ def run(c, until_s):
             _online_arrival(c)
         elif source == cluster_source(c, OFFLINE_ARRIVAL):
             _offline_arrival(c)
-        elif source == cluster_source(c, CANCELLATION):
-            _cancellation(c)
-        elif source == cluster_source(c, FAULT):
-            _fault(c)
+        elif source == cluster_source(c, DISRUPTION):
+            _disruption(c)
         else:
             begin_role_change(c)
     world.now_s = until_s
@@ -187,26 +177,26 @@ def _judge_deadlines(c):
     world = c.world[0]
     now_s = world.now_s
     for which in range(world.slo_classes):
-        request = c.ttft_cursor[which]
+        request = c.world[0].ttft_cursor[which]
         while request < world.next_online:
-            if c.online_class[request] == which:
-                deadline_s = c.online_arrival_s[request] + c.slo_s[which, 0]
+            if c.online[request].slo_class == which:
+                deadline_s = c.online[request].arrival_s + c.world[0].slo_s[which, 0]
                 if deadline_s > now_s:
                     break
-                if c.online_first_s[request] > deadline_s:  # false for a rejected request: nan
+                if c.online[request].first_s > deadline_s:  # false for a rejected request: nan
                     _book_violation(c, request, deadline_s)
             request += 1
-        c.ttft_cursor[which] = request
-    while world.timer_count > 0 and c.timer_s[0] <= now_s:
-        deadline_s, request = c.timer_s[0], c.timer_request[0]
+        c.world[0].ttft_cursor[which] = request
+    while world.timer_count > 0 and c.timers[0].time_s <= now_s:
+        deadline_s, request = c.timers[0].time_s, c.timers[0].request
         timer_pop(c)
-        if c.online_finish_s[request] > deadline_s:
+        if c.online[request].finish_s > deadline_s:
             _book_violation(c, request, deadline_s)
 
 
 @kernel
 def _book_violation(c, request, deadline_s):
-    if c.online_gone_s[request] >= deadline_s:  # not one whose client went away before
+    if c.online[request].gone_s >= deadline_s:  # not one whose client went away before
         ring_second(c, deadline_s).violations += 1
         c.world[0].violations += 1
 
@@ -216,12 +206,12 @@ def set_knobs(c, knobs):
     """Apply a knob vector from the next decision on; an instance in a run decides at its next boundary."""
     same = True
     for index in range(KNOB_COUNT):
-        if c.knobs[index] != knobs[index]:
+        if c.world[0].knobs[index] != knobs[index]:
             same = False
     if same:
         return
     for index in range(KNOB_COUNT):
-        c.knobs[index] = knobs[index]
+        c.world[0].knobs[index] = knobs[index]
     for instance in range(c.world[0].instances):
         wake(c, instance)
     consider_roles(c)
@@ -231,21 +221,18 @@ def set_knobs(c, knobs):
 def prepare(c):
     """Give a freshly filled cluster its first events."""
     world = c.world[0]
-    instances = world.instances
-    leaves = c.winners.shape[0] // 2
-    for index in range(c.winners.shape[0]):
-        c.winners[index] = -1
-    for source in range(c.times.shape[0]):
-        c.times[source] = np.inf
-        c.winners[leaves + source] = source
-    for instance in range(instances):
+    leaves = c.queue.shape[0] // 2
+    sources = 3 * world.instances + CLUSTER_SOURCES
+    for index in range(c.queue.shape[0]):
+        c.queue[index].winner = -1
+    for source in range(sources):
+        c.queue[source].time_s = math.inf
+        c.queue[leaves + source].winner = source
+    for instance in range(world.instances):
         schedule(c, instance, 0.0)  # the first decision: offline work may start at once
-    schedule(c, cluster_source(c, ONLINE_ARRIVAL), _first(c.online_arrival_s))
-    schedule(c, cluster_source(c, OFFLINE_ARRIVAL), _first(c.offline_arrival_s) if world.endless == 0 else np.inf)
-    schedule(c, cluster_source(c, CANCELLATION), _first(c.cancel_s))
-    schedule(c, cluster_source(c, FAULT), _first(c.fault_s))
-
-
-@kernel
-def _first(times_s):
-    return times_s[0] if times_s.shape[0] > 0 else np.inf
+    for source in range(world.instances, sources):
+        schedule(c, source, math.inf)
+    schedule(c, cluster_source(c, ONLINE_ARRIVAL), c.online[0].arrival_s if c.online.shape[0] > 0 else math.inf)
+    if world.endless == 0:
+        schedule(c, cluster_source(c, OFFLINE_ARRIVAL), c.offline[0].arrival_s if c.offline.shape[0] > 0 else math.inf)
+    schedule(c, cluster_source(c, DISRUPTION), c.disruptions[0].time_s if c.disruptions.shape[0] > 0 else math.inf)

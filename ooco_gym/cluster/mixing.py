@@ -23,7 +23,15 @@ from ooco_gym.cluster.lists import pop_front
 from ooco_gym.cluster.residents import free_blocks, make_room_for_online
 from ooco_gym.cluster.rules import mix_bound_s
 from ooco_gym.cluster.run import blocks_for
-from ooco_gym.cluster.state import BATCH, OFFLINE_DECODES, ONLINE_DECODES, PARTIAL_OFFLINE, PARTIAL_ONLINE, WAITING
+from ooco_gym.cluster.state import (
+    BATCH,
+    OFFLINE_DECODES,
+    ONLINE_DECODES,
+    PARTIAL_OFFLINE,
+    PARTIAL_ONLINE,
+    SCHEDULER_COST,
+    WAITING,
+)
 
 
 @kernel
@@ -35,7 +43,7 @@ def largest_piece(c, instance, past, most, bound_s):
     """
     if most <= 0 or bound_s == math.inf:
         return max(most, 0)
-    cost = c.scheduler_cost[instance]
+    cost = c.costs[instance, SCHEDULER_COST]
     high_over_s = iteration_with_pieces_s(c, cost, instance, most, past) - bound_s
     if high_over_s <= 0.0:
         return most
@@ -63,7 +71,7 @@ def add_strict_prefill(c, instance):
     """Offline prompt tokens for the arithmetic that a strict iteration leaves idle, as far as its bound allows."""
     world = c.world[0]
     state = c.instances[instance]
-    budget = int(math.floor(c.knobs[STRICT_PREFILL]))
+    budget = int(math.floor(c.world[0].knobs[STRICT_PREFILL]))
     bound_s = mix_bound_s(c, instance)
     while lists.length(c, instance, PARTIAL_OFFLINE) > 0:
         if lists.length(c, instance, BATCH) == world.max_seqs:
@@ -80,7 +88,7 @@ def add_strict_prefill(c, instance):
         context, _ = peek_offline(c)
         piece = largest_piece(c, instance, 0, min(context, budget - state.piece_tokens), bound_s)
         need = blocks_for(c, context + 1)
-        if too_short(piece, context) or state.used_blocks + need > c.knobs[PULL_KV] * state.kv_blocks:
+        if too_short(piece, context) or state.used_blocks + need > c.world[0].knobs[PULL_KV] * state.kv_blocks:
             state.head_refused = 1
             return
         slot = take_offline(c)

@@ -18,6 +18,14 @@ _SINCE_WARMUP = (
     "preemptions",
     "evictions",
     "migrations",
+    "pushbacks",
+    "role_changes",
+    "checkpoints",
+    "restores",
+    "failures",
+    "lost",
+    "cancelled",
+    "mixed_iterations",
     "iterations",
     "events",
 )
@@ -30,6 +38,7 @@ class Outcome:
     online_requests: int  # counted: arrived after warm-up, deadline before the end
     violations: int
     violation_rate: float
+    class_violation_rates: dict[str, float]  # by SLO class
     ttft_violations: int
     rejected_online: int
     rejected_offline: int
@@ -46,6 +55,14 @@ class Outcome:
     preemptions: int
     evictions: int
     migrations: int
+    pushbacks: int
+    role_changes: int
+    checkpoints: int
+    restores: int
+    failures: int
+    lost: int
+    cancelled: int
+    mixed_iterations: int
     iterations: int
     events: int
 
@@ -74,15 +91,29 @@ def online_violations(
     cluster: Cluster, scenario: Scenario
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """(counted, ttft_violated, violated), bool [N] each: the definition, request by request."""
-    slo, output = scenario.slo, cluster.online_output
-    arrival, first, finish = cluster.online_arrival_s, cluster.online_first_s, cluster.online_finish_s
-    allowance = (output - 1) * slo.tpot_s
-    rejected = np.isnan(first)
-    deadline = arrival + slo.ttft_s + allowance
-    counted = ~rejected & (arrival >= scenario.warmup_s) & (deadline <= scenario.horizon_s)
-    late_first = ~(first <= arrival + slo.ttft_s)
-    late_finish = (output > 1) & ~(finish <= first + allowance)
+    online = cluster.online
+    output, arrival, first, finish = (online[name] for name in ("output", "arrival_s", "first_s", "finish_s"))
+    ttft_s, tpot_s = cluster.world[0]["slo_s"][online["slo_class"]].T
+    allowance = (output - 1) * tpot_s
+    first_by, finish_by = arrival + ttft_s, first + allowance
+    late_first = ~(first <= first_by)
+    late_finish = ~late_first & (output > 1) & ~(finish <= finish_by)
+    # A client that went away before its violation was certain is no evidence either way.
+    certain = np.where(late_first, first_by, finish_by)
+    left_in_time = np.isfinite(online["gone_s"]) & ~((late_first | late_finish) & (certain <= online["gone_s"]))
+    counted = ~np.isnan(first) & ~left_in_time
+    counted &= (arrival >= scenario.warmup_s) & (first_by + allowance <= scenario.horizon_s)
     return counted, counted & late_first, counted & (late_first | late_finish)
+
+
+def _rates_by_class(
+    cluster: Cluster, scenario: Scenario, counted: npt.NDArray[np.bool_], late: npt.NDArray[np.bool_]
+) -> dict[str, float]:
+    classes = scenario.slo.all_classes
+    requests = np.bincount(cluster.online["slo_class"][counted], minlength=len(classes))
+    violations = np.bincount(cluster.online["slo_class"][late], minlength=len(classes))
+    rates = violations / np.maximum(requests, 1)
+    return {entry.name: float(rate) for entry, rate in zip(classes, rates, strict=True)}
 
 
 def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void]) -> Outcome:
@@ -94,11 +125,11 @@ def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void
     world, before = cluster.world[0], at_warmup[0]
     since = {name: world[name] - before[name] for name in _SINCE_WARMUP}
     counted, ttft_late, late = online_violations(cluster, scenario)
-    arrival = cluster.online_arrival_s[counted]
-    first = np.minimum(cluster.online_first_s[counted], world["now_s"])
-    finish = np.minimum(cluster.online_finish_s[counted], world["now_s"])
-    gaps = cluster.online_output[counted] - 1
-    paced = (gaps > 0) & (cluster.online_first_s[counted] <= world["now_s"])
+    online = cluster.online[counted]
+    arrival, gaps = online["arrival_s"], online["output"] - 1
+    end = np.minimum(online["gone_s"], world["now_s"])
+    first, finish = np.minimum(online["first_s"], end), np.minimum(online["finish_s"], end)
+    paced = (gaps > 0) & (online["first_s"] <= end)
     tpot = (finish - first)[paced] / gaps[paced]
     span_s = scenario.episode_s
     useful_s = (
@@ -110,6 +141,7 @@ def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void
         online_requests=requests,
         violations=violations,
         violation_rate=violations / max(requests, 1),
+        class_violation_rates=_rates_by_class(cluster, scenario, counted, late),
         ttft_violations=int(ttft_late.sum()),
         rejected_online=int(world["rejected_online"]),
         rejected_offline=int(world["rejected_offline"]),
@@ -117,7 +149,7 @@ def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void
         ttft_p99_s=_quantile(first - arrival, 0.99),
         tpot_p50_s=_quantile(tpot, 0.5),
         tpot_p99_s=_quantile(tpot, 0.99),
-        tbt_p99_s=tbt_quantile_s(cluster.tbt, 0.99),
+        tbt_p99_s=tbt_quantile_s(world["tbt"], 0.99),
         offline_output_tokens_per_s=float(world["offline_finished_output_tokens"]) / span_s,
         offline_prompt_tokens_per_s=float(world["offline_finished_prompt_tokens"]) / span_s,
         offline_requests_per_s=float(world["offline_finished"]) / span_s,
@@ -126,6 +158,14 @@ def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void
         preemptions=int(since["preemptions"]),
         evictions=int(since["evictions"]),
         migrations=int(since["migrations"]),
+        pushbacks=int(since["pushbacks"]),
+        role_changes=int(since["role_changes"]),
+        checkpoints=int(since["checkpoints"]),
+        restores=int(since["restores"]),
+        failures=int(since["failures"]),
+        lost=int(since["lost"]),
+        cancelled=int(since["cancelled"]),
+        mixed_iterations=int(since["mixed_iterations"]),
         iterations=int(since["iterations"]),
         events=int(since["events"]),
     )

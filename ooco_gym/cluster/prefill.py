@@ -12,7 +12,7 @@ from ooco_gym.cluster.queues import schedule
 from ooco_gym.cluster.residents import finish, first_token, free_slot, join, partial_list, release, requeue, wake_takers
 from ooco_gym.cluster.rules import CHUNK, DECODE_STRICT
 from ooco_gym.cluster.run import batch_noise, tbt_bin
-from ooco_gym.cluster.state import BATCH, NONE, PARTIAL, PREFILLING_OFFLINE, RELAXED
+from ooco_gym.cluster.state import BATCH, NONE, PARTIAL, PREFILLING_OFFLINE, RELAXED, SCHEDULER_COST, TRUE_COST
 from ooco_gym.cluster.transfer import hand_over
 from ooco_gym.roofline.cost import iteration_s, layers_s
 
@@ -25,9 +25,9 @@ def start_prefill(c, instance, activity):
     tokens, causal, full, kv = float(state.piece_tokens), state.piece_causal, state.piece_full, float(state.piece_kv)
     sequences = float(lists.length(c, instance, BATCH))
     noise = batch_noise(c, instance)
-    cost = c.true_cost[instance]
+    cost = c.costs[instance, TRUE_COST]
     total_s = noise * iteration_s(cost, tokens, causal, full, kv, sequences, 0.0, 0.0, 0.0)
-    predicted_s = iteration_s(c.scheduler_cost[instance], tokens, causal, full, kv, sequences, 0.0, 0.0, 0.0)
+    predicted_s = iteration_s(c.costs[instance, SCHEDULER_COST], tokens, causal, full, kv, sequences, 0.0, 0.0, 0.0)
     state.layers_s = noise * layers_s(cost, tokens, causal, full, kv, 0.0, 0.0, 0.0)
     state.layer_count = cost.layers
     state.activity = activity
@@ -85,7 +85,7 @@ def _prefilled_online(c, instance, slot):
     record = c.slots[slot]
     c.instances[instance].pending_s -= record.estimate_s
     if record.last_token_s >= 0.0 and world.measure_from_s < world.now_s:
-        c.tbt[tbt_bin(world.now_s - record.last_token_s)] += 1
+        c.world[0].tbt[tbt_bin(world.now_s - record.last_token_s)] += 1
     first_token(c, slot)
     record.last_token_s = world.now_s
     record.context += 1

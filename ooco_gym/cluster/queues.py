@@ -8,8 +8,8 @@ from ooco_gym.cluster.state import NONE
 # Next event: a tournament over fixed sources. Instance i is source i, its link source I + i, its host link source
 # 2 I + i, and after them come the sources of the whole cluster. The lower source wins a tie, which is exactly the
 # specified order of equal times.
-ONLINE_ARRIVAL, OFFLINE_ARRIVAL, CANCELLATION, FAULT, ROLE_CHANGE = range(5)
-CLUSTER_SOURCES = 5
+ONLINE_ARRIVAL, OFFLINE_ARRIVAL, DISRUPTION, ROLE_CHANGE = range(4)
+CLUSTER_SOURCES = 4
 
 
 @kernel
@@ -30,22 +30,22 @@ def cluster_source(c, which):
 @kernel
 def schedule(c, source, time_s):
     """Set the time of one source's next event and replay its matches."""
-    c.times[source] = time_s
-    leaves = c.winners.shape[0] // 2
+    c.queue[source].time_s = time_s
+    leaves = c.queue.shape[0] // 2
     node = (leaves + source) // 2
     while node >= 1:
-        left = c.winners[2 * node]
-        right = c.winners[2 * node + 1]
-        if right == NONE or (left != NONE and c.times[left] <= c.times[right]):
-            c.winners[node] = left
+        left = c.queue[2 * node].winner
+        right = c.queue[2 * node + 1].winner
+        if right == NONE or (left != NONE and c.queue[left].time_s <= c.queue[right].time_s):
+            c.queue[node].winner = left
         else:
-            c.winners[node] = right
+            c.queue[node].winner = right
         node //= 2
 
 
 @kernel
 def next_source(c):
-    return c.winners[1]
+    return c.queue[1].winner
 
 
 # Completions of one instance: a binary heap of slots keyed by the decode step at which each emits its last token.
@@ -126,13 +126,13 @@ def timer_push(c, time_s, request):
     world.timer_count = at + 1
     while at > 0:
         parent = (at - 1) // 2
-        if c.timer_s[parent] <= time_s:
+        if c.timers[parent].time_s <= time_s:
             break
-        c.timer_s[at] = c.timer_s[parent]
-        c.timer_request[at] = c.timer_request[parent]
+        c.timers[at].time_s = c.timers[parent].time_s
+        c.timers[at].request = c.timers[parent].request
         at = parent
-    c.timer_s[at] = time_s
-    c.timer_request[at] = request
+    c.timers[at].time_s = time_s
+    c.timers[at].request = request
 
 
 @kernel
@@ -141,18 +141,18 @@ def timer_pop(c):
     world = c.world[0]
     size = world.timer_count - 1
     world.timer_count = size
-    time_s, request = c.timer_s[size], c.timer_request[size]
+    time_s, request = c.timers[size].time_s, c.timers[size].request
     at = 0
     while True:
         child = 2 * at + 1
         if child >= size:
             break
-        if child + 1 < size and c.timer_s[child + 1] < c.timer_s[child]:
+        if child + 1 < size and c.timers[child + 1].time_s < c.timers[child].time_s:
             child += 1
-        if c.timer_s[child] >= time_s:
+        if c.timers[child].time_s >= time_s:
             break
-        c.timer_s[at] = c.timer_s[child]
-        c.timer_request[at] = c.timer_request[child]
+        c.timers[at].time_s = c.timers[child].time_s
+        c.timers[at].request = c.timers[child].request
         at = child
-    c.timer_s[at] = time_s
-    c.timer_request[at] = request
+    c.timers[at].time_s = time_s
+    c.timers[at].request = request

@@ -6,6 +6,7 @@ import math
 
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
+from ooco_gym.cluster.control import STRICT_PREFILL
 from ooco_gym.cluster.lists import push_back, push_front, remove
 from ooco_gym.cluster.queues import (
     completion_push,
@@ -14,7 +15,6 @@ from ooco_gym.cluster.queues import (
     schedule,
     timer_push,
 )
-from ooco_gym.cluster.control import STRICT_PREFILL
 from ooco_gym.cluster.rules import KEEP_ON_HOST, evicts_for_online, routing_score, unavailability, victim
 from ooco_gym.cluster.run import blocks_for, boundary_s, cut, growth_at
 from ooco_gym.cluster.state import (
@@ -36,6 +36,7 @@ from ooco_gym.cluster.state import (
     REQUEUED,
     RESIDENT,
     RING_SECONDS,
+    SCHEDULER_COST,
     STRICT,
     UNIFIED,
     UNKNOWN,
@@ -105,7 +106,7 @@ def wake(c, instance):
 @kernel
 def wake_takers(c):
     """The backlog has work to offer: wake whoever may take it."""
-    strict_too = c.knobs[STRICT_PREFILL] >= 1.0
+    strict_too = c.world[0].knobs[STRICT_PREFILL] >= 1.0
     for instance in range(c.world[0].instances):
         if strict_too or c.instances[instance].role != STRICT:
             wake(c, instance)
@@ -204,7 +205,7 @@ def join(c, instance, slot):
     push_back(c, instance, decode_list(c, slot), slot)
     c.instances[instance].changed = 1
     if record.online != NONE:
-        c.class_decodes[instance, c.online_class[record.online]] += 1
+        c.instances[instance].class_decodes[c.online[record.online].slo_class] += 1
 
 
 @kernel
@@ -216,7 +217,7 @@ def leave(c, instance, slot):
     remove(c, instance, decode_list(c, slot), slot)
     c.instances[instance].changed = 1
     if record.online != NONE:
-        c.class_decodes[instance, c.online_class[record.online]] -= 1
+        c.instances[instance].class_decodes[c.online[record.online].slo_class] -= 1
 
 
 @kernel
@@ -229,7 +230,7 @@ def release(c, instance, slot):
 @kernel
 def free_slot(c, slot):
     if c.slots[slot].online != NONE:
-        c.online_slot[c.slots[slot].online] = NONE
+        c.online[c.slots[slot].online].slot = NONE
     c.slots[slot].phase = UNUSED
     push_back(c, c.world[0].instances, FREE, slot)
 
@@ -240,7 +241,7 @@ def finish(c, slot):
     world = c.world[0]
     record = c.slots[slot]
     if record.online != NONE:
-        c.online_finish_s[record.online] = world.now_s
+        c.online[record.online].finish_s = world.now_s
         world.online_finished += 1
         second = ring_second(c, world.now_s)
         second.finished += 1
@@ -261,10 +262,10 @@ def first_token(c, slot):
     world = c.world[0]
     record = c.slots[slot]
     request = record.online
-    if c.online_first_s[request] < math.inf:
+    if c.online[request].first_s < math.inf:
         return  # a recomputed request had its first token before
-    c.online_first_s[request] = world.now_s
-    slo_s = c.slo_s[c.online_class[request]]
+    c.online[request].first_s = world.now_s
+    slo_s = c.world[0].slo_s[c.online[request].slo_class]
     in_time = world.now_s <= record.arrival_s + slo_s[0]
     if in_time and record.output > 1:
         timer_push(c, world.now_s + (record.output - 1) * slo_s[1], request)
@@ -328,7 +329,7 @@ def enqueue_online(c, slot, at_head):
     record.instance = best
     record.phase = QUEUED
     # In units of 2^-40 s the sums of estimates are exact, so that equal loads are ties.
-    record.estimate_s = math.floor(prefill_s(c.scheduler_cost[best], record.context) * 2.0**40) * 2.0**-40
+    record.estimate_s = math.floor(prefill_s(c.costs[best, SCHEDULER_COST], record.context) * 2.0**40) * 2.0**-40
     c.instances[best].pending_s += record.estimate_s
     if at_head:
         push_front(c, best, WAITING, slot)

@@ -19,7 +19,7 @@ from ooco_gym.cluster.state import CHECKPOINTS, NONE, RESTORE, RESTORES, STRICT
 def _may_restore(c, instance, context):
     state = c.instances[instance]
     if state.role == STRICT:
-        return state.used_blocks + blocks_for(c, context) <= c.knobs[PULL_KV] * state.kv_blocks
+        return state.used_blocks + blocks_for(c, context) <= c.world[0].knobs[PULL_KV] * state.kv_blocks
     return offline_fits(c, instance, context) and gate_open(c, instance, 0)
 
 

@@ -31,7 +31,7 @@ def _missing_strict(c):
     if world.relaxed == 0:
         return 0
     total = world.relaxed + world.strict
-    wanted = int(math.floor(world.strict + c.knobs[STRICT_SHARE] * total + 0.5))
+    wanted = int(math.floor(world.strict + c.world[0].knobs[STRICT_SHARE] * total + 0.5))
     wanted = min(max(wanted, 1), total - 1)
     for instance in range(world.instances):
         if c.instances[instance].becoming == STRICT:

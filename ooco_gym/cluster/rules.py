@@ -109,8 +109,8 @@ def tpot_slo_s(c, instance):
     """The tightest TPOT objective among the online requests that decode here; among all classes where none does."""
     least = math.inf
     for which in range(c.world[0].slo_classes):
-        if c.class_decodes[instance, which] > 0:
-            least = min(least, c.slo_s[which, 1])
+        if c.instances[instance].class_decodes[which] > 0:
+            least = min(least, c.world[0].slo_s[which, 1])
     return least if least < math.inf else c.world[0].tightest_tpot_s
 
 
@@ -121,7 +121,7 @@ def mix_bound_s(c, instance):
         return math.inf
     if c.instances[instance].role == UNIFIED and lists.length(c, instance, ONLINE_DECODES) == 0:
         return math.inf
-    return c.knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
+    return c.world[0].knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
 
 
 @kernel

@@ -157,11 +157,11 @@ def _count_first_gaps(c, instance):
                 break  # members of the previous batch follow
             fresh += 1
             if counted:
-                c.tbt[tbt_bin(end_s - record.last_token_s)] += 1
+                c.world[0].tbt[tbt_bin(end_s - record.last_token_s)] += 1
             record.last_token_s = -1.0
         slot = record.prev
     if counted:
-        c.tbt[tbt_bin(duration_s(state, 1))] += state.selected_online - fresh
+        c.world[0].tbt[tbt_bin(duration_s(state, 1))] += state.selected_online - fresh
 
 
 @kernel
@@ -177,7 +177,7 @@ def _count_gaps(c, instance, first, last):
                 low = middle
             else:
                 high = middle - 1
-        c.tbt[which] += state.selected_online * (low - first + 1)
+        c.world[0].tbt[which] += state.selected_online * (low - first + 1)
         first = low + 1
 
 

@@ -10,46 +10,36 @@ import numpy as np
 import numpy.typing as npt
 
 from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
-from ooco_gym.cluster.disruptions import cancellations, outages
+from ooco_gym.cluster.disruptions import disruptions
 from ooco_gym.cluster.loop import NEEDS_SLOTS, prepare, run, set_knobs
 from ooco_gym.cluster.outcome import Outcome, measure
+from ooco_gym.cluster.queues import CLUSTER_SOURCES
 from ooco_gym.cluster.state import (
+    EVENT,
     FREE,
     INSTANCE,
     LIST_COUNT,
     NONE,
+    OFFLINE,
+    ONLINE,
     RING_SECONDS,
     SECOND,
     SLOT,
-    TBT_BINS,
+    TIMER,
+    TRUE_COST,
     WORLD,
     Cluster,
 )
 from ooco_gym.cluster.telemetry import TELEMETRY, Telemetry, read
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
+from ooco_gym.workload import OfflineJobs, Requests
 
-_COST_ERROR_FREE = ("layers", "hard_max")  # coefficients that are not seconds
+_COST_ERROR_FREE = ("layers", "hard_max", "log_untouched")  # coefficients that are not seconds
 
 
 #: Arrays of a cluster that an episode never writes; copies of its state share them.
-_READ_ONLY = (
-    "true_cost",
-    "scheduler_cost",
-    "online_arrival_s",
-    "online_prompt",
-    "online_output",
-    "online_class",
-    "slo_s",
-    "cancel_s",
-    "cancel_request",
-    "fault_s",
-    "fault_instance",
-    "fault_up",
-    "offline_arrival_s",
-    "offline_prompt",
-    "offline_output",
-)
+_READ_ONLY = ("costs", "offline", "disruptions")
 
 
 @dataclass(frozen=True)
@@ -143,8 +133,6 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
     offline = scenario.offline.sample(offline_seed, scenario.horizon_s)
     spec, classes = scenario.cluster, scenario.slo.all_classes
     count, requests = scenario.instances, len(online.arrival_s)
-    cancel_s, cancel_request = cancellations(scenario.faults, online.arrival_s, fault_seed)
-    fault_s, fault_instance, fault_up = outages(scenario.faults, count, scenario.horizon_s, fault_seed)
 
     world = np.zeros(1, WORLD)
     values = {
@@ -178,6 +166,8 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         world[0][name] = value
     for name, choice in rules.items():
         world[0][f"rule_{name}"] = RULES[name].index(choice)
+    world[0]["knobs"] = ooco_knobs()
+    world[0]["slo_s"][: len(classes)] = [(entry.ttft_s, entry.tpot_s) for entry in classes]
 
     instances = np.zeros(count, INSTANCE)
     instances["role"] = instances["becoming"] = spec.roles
@@ -189,16 +179,15 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
     if spec.relaxed:  # strict instance i starts with relaxed instance i mod R: after the one before it
         instances["pull_cursor"] = (np.arange(count) % spec.relaxed) - 1
 
-    true_cost = scenario.true_cost.copy()
+    costs = np.stack([scenario.true_cost, scenario.scheduler_cost], axis=1)
     bias = float(np.exp(scenario.cost.bias_sigma * np.random.default_rng(bias_seed).standard_normal()))
-    for name in true_cost.dtype.names or ():
+    for name in costs.dtype.names or ():
         if name not in _COST_ERROR_FREE:
-            true_cost[name] *= bias
+            costs[name][:, TRUE_COST] *= bias
     lists = np.zeros((count + 1, LIST_COUNT, 3), np.int64)
     lists[:, :, :2] = NONE
     ring = np.zeros(RING_SECONDS, SECOND)
     ring["second"] = -1
-    sources = 3 * count + 5
     cluster = Cluster(
         world=world,
         instances=instances,
@@ -206,36 +195,34 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         lists=lists,
         heaps=np.zeros((count, 0), np.int64),
         block_phase=np.zeros((count, 2, spec.block_tokens), np.int64),
-        times=np.zeros(sources),
-        winners=np.zeros(2 * (1 << (sources - 1).bit_length()), np.int64),
-        knobs=ooco_knobs(),
-        true_cost=true_cost,
-        scheduler_cost=scenario.scheduler_cost.copy(),
-        online_arrival_s=online.arrival_s,
-        online_prompt=online.prompt_tokens,
-        online_output=online.output_tokens,
-        online_class=_classes([entry.share for entry in classes], requests, class_seed),
-        online_slot=np.full(requests, NONE),
-        online_first_s=np.full(requests, np.inf),
-        online_finish_s=np.full(requests, np.inf),
-        online_gone_s=np.full(requests, np.inf),
-        slo_s=np.array([(entry.ttft_s, entry.tpot_s) for entry in classes]),
-        ttft_cursor=np.zeros(len(classes), np.int64),
-        class_decodes=np.zeros((count, len(classes)), np.int64),
-        cancel_s=cancel_s,
-        cancel_request=cancel_request,
-        fault_s=fault_s,
-        fault_instance=fault_instance,
-        fault_up=fault_up,
-        timer_s=np.zeros(requests + 1),
-        timer_request=np.zeros(requests + 1, np.int64),
-        offline_arrival_s=offline.arrival_s,
-        offline_prompt=offline.prompt_tokens,
-        offline_output=offline.output_tokens,
+        queue=np.zeros(2 * (1 << (3 * count + CLUSTER_SOURCES - 1).bit_length()), EVENT),
+        costs=costs,
+        online=_online_records(online, _classes([entry.share for entry in classes], requests, class_seed)),
+        offline=_offline_records(offline),
+        timers=np.zeros(requests + 1, TIMER),
+        disruptions=disruptions(scenario.faults, online.arrival_s, count, scenario.horizon_s, fault_seed),
         ring=ring,
-        tbt=np.zeros(TBT_BINS, np.int64),
     )
     return _with_more_slots(cluster)
+
+
+def _online_records(requests: Requests, classes: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    records = np.zeros(len(requests.arrival_s), ONLINE)
+    records["arrival_s"], records["prompt"], records["output"] = (
+        requests.arrival_s, requests.prompt_tokens, requests.output_tokens,
+    )  # fmt: skip
+    for name in ("first_s", "finish_s", "gone_s"):
+        records[name] = np.inf
+    records["slo_class"], records["slot"] = classes, NONE
+    return records
+
+
+def _offline_records(jobs: OfflineJobs) -> npt.NDArray[np.void]:
+    records = np.zeros(len(jobs.prompt_tokens), OFFLINE)
+    records["prompt"], records["output"] = jobs.prompt_tokens, jobs.output_tokens
+    if not jobs.endless:
+        records["arrival_s"] = jobs.arrival_s
+    return records
 
 
 def _classes(shares: list[float], requests: int, seed: int) -> npt.NDArray[np.int64]:

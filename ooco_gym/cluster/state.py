@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.cluster.control import RULE_NAMES
+from ooco_gym.cluster.control import KNOB_COUNT, RULE_NAMES
+from ooco_gym.specs import MOST_CLASSES
 
 # Roles of an instance.
 RELAXED, STRICT, UNIFIED = 0, 1, 2
@@ -46,6 +47,12 @@ UNUSED, QUEUED, PREFILL, HELD, TRANSFER, RESIDENT, PARTIAL, CHECKPOINT, RESTORE 
 NONE = -1
 UNKNOWN = -(1 << 62)
 
+#: Histogram of time between tokens: bins 1 % wide from 0.1 ms; the last bin takes the rest.
+TBT_BINS = 1600
+TBT_FIRST_S = 1e-4
+TBT_RATIO = 1.01
+
+
 WORLD = np.dtype(
     [
         # clock and counts, owned by the event loop
@@ -69,19 +76,21 @@ WORLD = np.dtype(
         ("link_latency_s", np.float64),
         ("host_bytes_per_s", np.float64),
         ("slo_classes", np.int64),
+        ("slo_s", np.float64, (MOST_CLASSES, 2)),  # TTFT and TPOT objective of each class
         ("tightest_tpot_s", np.float64),
         ("pull_interval_s", np.float64),
         ("noise_sigma", np.float64),
         ("noise_seed", np.uint64),
+        ("knobs", np.float64, (KNOB_COUNT,)),
         ("measure_from_s", np.float64),
         ("measure_to_s", np.float64),
         # online source
         ("online_requests", np.int64),
         ("next_online", np.int64),
+        ("ttft_cursor", np.int64, (MOST_CLASSES,)),  # first request whose TTFT deadline has not been judged, by class
         ("routed_last", np.int64),  # instance chosen by the last routing
         ("timer_count", np.int64),  # size of the heap of TPOT deadlines
-        ("next_cancel", np.int64),
-        ("next_fault", np.int64),
+        ("next_disruption", np.int64),
         ("role_change_s", np.float64),  # when the last role change began
         # offline source
         ("endless", np.int64),
@@ -118,6 +127,7 @@ WORLD = np.dtype(
         ("offline_prompt_sum", np.int64),  # of all requests taken from the job list
         ("offline_output_sum", np.int64),  # of all that finished
         ("offline_output_count", np.int64),
+        ("tbt", np.int64, (TBT_BINS,)),
     ]
     + [(f"rule_{name}", np.int64) for name in RULE_NAMES]
 )
@@ -139,6 +149,7 @@ INSTANCE = np.dtype(
         ("context_offline", np.int64),
         ("steps", np.int64),  # decode iterations accounted so far; the clock of the completion heap
         ("heap_size", np.int64),
+        ("class_decodes", np.int64, (MOST_CLASSES,)),  # online decodes resident, by SLO class
         ("changed", np.int64),  # residents or selection differ from the batch at the anchor
         ("grown", np.int64),  # the selected hold the block of their next token
         # the run of unchanged iterations: iteration k ends at the closed form from the anchor
@@ -227,14 +238,42 @@ SECOND = np.dtype(
 )
 RING_SECONDS = 512
 
-#: Histogram of time between tokens: bins 1 % wide from 0.1 ms; the last bin takes the rest.
-TBT_BINS = 1600
-TBT_FIRST_S = 1e-4
-TBT_RATIO = 1.01
+#: An online request over the whole episode: what it asks for and when its tokens came.
+ONLINE = np.dtype(
+    [
+        ("arrival_s", np.float64),
+        ("first_s", np.float64),  # first token; inf until then, nan when rejected
+        ("finish_s", np.float64),  # last token; inf until then
+        ("gone_s", np.float64),  # when its client went away before it finished; else inf
+        ("prompt", np.int64),
+        ("output", np.int64),
+        ("slo_class", np.int64),
+        ("slot", np.int64),  # while in flight, else NONE
+    ]
+)
+
+#: A row of the offline job list, or of the length table of an endless backlog, where nothing arrives.
+OFFLINE = np.dtype([("arrival_s", np.float64), ("prompt", np.int64), ("output", np.int64)])
+
+#: A node of the tournament of event sources: its winner; the first records also hold the time of each source.
+EVENT = np.dtype([("time_s", np.float64), ("winner", np.int64)])
+
+#: An entry of the heap of TPOT deadlines.
+TIMER = np.dtype([("time_s", np.float64), ("request", np.int64)])
+
+#: What goes wrong and when: a client goes away, an instance fails or recovers.
+CANCEL, FAIL, RECOVER = 0, 1, 2
+DISRUPTION = np.dtype([("time_s", np.float64), ("kind", np.int64), ("index", np.int64)])
+
+# Columns of ``Cluster.costs``.
+TRUE_COST, SCHEDULER_COST = 0, 1
 
 
 class Cluster(NamedTuple):
-    """Every array of one simulated cluster. I instances, S slots, N online requests, J offline jobs."""
+    """Every array of one simulated cluster. I instances, S slots, N online requests, J offline jobs.
+
+    Few arrays of wide records: a compiled call passes every array it is given, so their number is the price of a call.
+    """
 
     world: npt.NDArray[np.void]  # [1] WORLD
     instances: npt.NDArray[np.void]  # [I] INSTANCE
@@ -242,31 +281,10 @@ class Cluster(NamedTuple):
     lists: npt.NDArray[np.int64]  # [I + 1, LIST_COUNT, 3] head, tail, length
     heaps: npt.NDArray[np.int64]  # [I, S] slots keyed by their finishing step
     block_phase: npt.NDArray[np.int64]  # [I, 2, block_tokens] selected offline/online by (context - steps) % block
-    times: npt.NDArray[np.float64]  # [3 I + 5] next event of each source
-    winners: npt.NDArray[np.int64]  # [2 P] tournament over ``times``
-    knobs: npt.NDArray[np.float64]  # [KNOB_COUNT]
-    true_cost: npt.NDArray[np.void]  # [I] COST
-    scheduler_cost: npt.NDArray[np.void]  # [I] COST
-    online_arrival_s: npt.NDArray[np.float64]  # [N]
-    online_prompt: npt.NDArray[np.int32]  # [N]
-    online_output: npt.NDArray[np.int32]  # [N]
-    online_class: npt.NDArray[np.int64]  # [N] SLO class
-    online_slot: npt.NDArray[np.int64]  # [N] slot while in flight, else NONE
-    online_first_s: npt.NDArray[np.float64]  # [N] first token; inf until then, nan when rejected
-    online_finish_s: npt.NDArray[np.float64]  # [N] last token; inf until then
-    online_gone_s: npt.NDArray[np.float64]  # [N] when its client went away before it finished; else inf
-    slo_s: npt.NDArray[np.float64]  # [K, 2] TTFT and TPOT objective of each class
-    ttft_cursor: npt.NDArray[np.int64]  # [K] first online request whose TTFT deadline has not been judged
-    class_decodes: npt.NDArray[np.int64]  # [I, K] online decodes resident, by class
-    cancel_s: npt.NDArray[np.float64]  # [C] when clients go away, in order
-    cancel_request: npt.NDArray[np.int64]  # [C]
-    fault_s: npt.NDArray[np.float64]  # [F] failures and recoveries, in order
-    fault_instance: npt.NDArray[np.int64]  # [F]
-    fault_up: npt.NDArray[np.int64]  # [F] 1: recovery
-    timer_s: npt.NDArray[np.float64]  # [N] heap of TPOT deadlines of requests whose TTFT was met
-    timer_request: npt.NDArray[np.int64]  # [N]
-    offline_arrival_s: npt.NDArray[np.float64]  # [J], empty when endless
-    offline_prompt: npt.NDArray[np.int32]  # [J]
-    offline_output: npt.NDArray[np.int32]  # [J]
+    queue: npt.NDArray[np.void]  # [2 P] EVENT: next event of each source, and the tournament over them
+    costs: npt.NDArray[np.void]  # [I, 2] COST: what times an instance, what schedulers predict with
+    online: npt.NDArray[np.void]  # [N] ONLINE
+    offline: npt.NDArray[np.void]  # [J] OFFLINE
+    timers: npt.NDArray[np.void]  # [N + 1] TIMER: heap of TPOT deadlines of requests whose TTFT was met
+    disruptions: npt.NDArray[np.void]  # [D] DISRUPTION, in order
     ring: npt.NDArray[np.void]  # [RING_SECONDS] SECOND
-    tbt: npt.NDArray[np.int64]  # [TBT_BINS]

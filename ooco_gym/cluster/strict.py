@@ -21,7 +21,7 @@ from ooco_gym.cluster.residents import context_now, free_blocks, leave, wake
 from ooco_gym.cluster.restore import start_restores
 from ooco_gym.cluster.rules import PULL_NONE, draining, migration_score, tpot_slo_s, unavailability
 from ooco_gym.cluster.run import advance_to_time, blocks_for
-from ooco_gym.cluster.state import DOWN, NONE, OFFLINE_DECODES, RELAXED
+from ooco_gym.cluster.state import DOWN, NONE, OFFLINE_DECODES, RELAXED, SCHEDULER_COST
 from ooco_gym.cluster.transfer import admit_inbound, start_transfer
 from ooco_gym.roofline.cost import decode_affine
 
@@ -33,8 +33,8 @@ def preferred_length(c, instance, free_tokens, left):
     Closed form min(free / left, (bound - c0(batch + left) - c1 sum) / (c1 left)); below 1 there is no such length.
     """
     state = c.instances[instance]
-    bound_s = PULL_TARGET_RATIO * c.knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
-    c0, c1 = decode_affine(c.scheduler_cost[instance], float(batch_size(state) + left))
+    bound_s = PULL_TARGET_RATIO * c.world[0].knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
+    c0, c1 = decode_affine(c.costs[instance, SCHEDULER_COST], float(batch_size(state) + left))
     by_time = (bound_s - c0 - c1 * batch_context(state)) / (c1 * left)
     return min(by_time, float(free_tokens // left))
 
@@ -58,7 +58,7 @@ def pull(c, instance):
     state = c.instances[instance]
     if world.rule_migration == PULL_NONE or state.pulled_slot != NONE or world.now_s < state.next_pull_s:
         return
-    if draining(c, instance) or state.used_blocks >= c.knobs[PULL_KV] * state.kv_blocks:
+    if draining(c, instance) or state.used_blocks >= c.world[0].knobs[PULL_KV] * state.kv_blocks:
         return
     if state.last_iteration_s >= pull_step_limit_s(c, instance):
         return
@@ -72,7 +72,7 @@ def pull(c, instance):
     length = preferred_length(c, instance, free_tokens, left)
     if length < 1.0:
         return
-    length = math.floor(length) * c.knobs[PULL_LENGTH]
+    length = math.floor(length) * c.world[0].knobs[PULL_LENGTH]
     advance_to_time(c, source, world.now_s)
     best = NONE
     best_score = math.inf
@@ -98,10 +98,10 @@ def push_back_offline(c, instance):
     """Above its KV mark a strict instance sends its newest offline decode to the emptiest relaxed instance with room."""
     world = c.world[0]
     state = c.instances[instance]
-    if c.knobs[PUSHBACK] >= 1.0 or state.pushed_slot != NONE or world.now_s < state.next_push_s:
+    if c.world[0].knobs[PUSHBACK] >= 1.0 or state.pushed_slot != NONE or world.now_s < state.next_push_s:
         return
     slot = lists.last(c, instance, OFFLINE_DECODES)
-    if slot == NONE or state.used_blocks <= c.knobs[PUSHBACK] * state.kv_blocks:
+    if slot == NONE or state.used_blocks <= c.world[0].knobs[PUSHBACK] * state.kv_blocks:
         return
     state.next_push_s = world.now_s + world.pull_interval_s
     target = NONE
@@ -115,7 +115,7 @@ def push_back_offline(c, instance):
     if target == NONE:
         return
     used = c.instances[target].used_blocks + blocks_for(c, context_now(c, slot))
-    if used <= (1.0 - c.knobs[KV_RESERVE]) * c.instances[target].kv_blocks:
+    if used <= (1.0 - c.world[0].knobs[KV_RESERVE]) * c.instances[target].kv_blocks:
         leave(c, instance, slot)
         state.pushed_slot = slot
         world.pushbacks += 1
@@ -134,7 +134,7 @@ def choose_strict(c, instance, was_decoding):
     start_restores(c, instance)
     push_back_offline(c, instance)
     mix_selection(c, instance)
-    if c.knobs[STRICT_PREFILL] >= 1.0:
+    if c.world[0].knobs[STRICT_PREFILL] >= 1.0:
         add_strict_prefill(c, instance)
     # An idle instance has no steps to pull after; it steps emptily every pull interval instead.
     polls = world.rule_migration != PULL_NONE

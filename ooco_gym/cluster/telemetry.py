@@ -27,6 +27,7 @@ from ooco_gym.cluster.state import (
     RELAXED,
     REQUEUED,
     RING_SECONDS,
+    SCHEDULER_COST,
     STRICT,
     WAITING,
     Cluster,
@@ -38,7 +39,11 @@ from ooco_gym.roofline.cost import decode_s
 FIELDS: tuple[tuple[str, str, str], ...] = (
     ("time_s", "s", "time of this record since the start of the episode or of the gateway"),
     ("scrape_age_s", "s", "age of the oldest measurement in this record; 0 in simulation"),
-    ("relaxed_instances", "instances", "latency-relaxed pool: instances up that prefill; unified ones count in both pools"),
+    (
+        "relaxed_instances",
+        "instances",
+        "latency-relaxed pool: instances up that prefill; unified ones count in both pools",
+    ),
     ("strict_instances", "instances", "latency-strict pool: instances up that decode online requests"),
     ("unavailable_instances", "instances", "down, or draining before a change of role"),
     ("ttft_slo_s", "s", "TTFT objective, of the tightest class"),
@@ -167,7 +172,7 @@ def _fill_strict(c, out):
             continue
         pool += 1
         batch = state.selected_online + state.selected_offline
-        cost = c.scheduler_cost[instance]
+        cost = c.costs[instance, SCHEDULER_COST]
         online_s = _decode_or_zero_s(cost, state.selected_online, state.context_online)
         batch_s = _decode_or_zero_s(cost, batch, state.context_online + state.context_offline)
         online_s_sum += online_s
@@ -269,5 +274,5 @@ def read(cluster: Cluster, constants: npt.NDArray[np.void]) -> Telemetry:
     record = constants.copy()
     fill(cluster, record[0])
     for index, name in enumerate(KNOB_NAMES):
-        record[f"knob_{name}"] = cluster.knobs[index]
+        record[f"knob_{name}"] = cluster.world[0]["knobs"][index]
     return Telemetry(record.view(np.float64))

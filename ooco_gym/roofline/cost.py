@@ -18,12 +18,15 @@ A batch is described by seven numbers, so a batch of 500 sequences costs no more
 ``decodes``         B: number of decoding sequences, one token each
 ``decode_context``  SumC: sum of their contexts, tokens (``decode_context_max``: the longest)
 =================  =======================================================================================
+
+Mixture of experts: T tokens are T k rows in the gate+up and down GEMMs, and the weights of the E (1 - (1 - k/E)^T)
+experts are read that T independent, uniform choices of k out of E are expected to touch (docs/roofline.md).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,16 +39,18 @@ FORMS = ("calibrated", "ooco-xllm")
 ACTIVATION_BYTES = 2.0
 MAX_SATURATION_BATCH = 4096
 
-#: Coefficients of one (model, device, tensor parallelism, form); all in seconds. GEMM entries are in the order
-#: qkv, attention output, gate+up, down, LM head; the first four are per layer.
+#: Coefficients of one (model, device, tensor parallelism, form), in seconds except for the first three. GEMM entries
+#: are in the order qkv, attention output, gate+up, down, LM head, router; all but the LM head are per layer. Those of
+#: gate+up and down are per token (k rows) and for all experts' weights; the router's are 0 in a dense model.
 COST = np.dtype(
     [
         ("layers", np.float64),
         ("hard_max", np.float64),  # 1: max(compute, memory); 0: root of the sum of squares
-        ("gemm_row_compute_s", np.float64, (5,)),
-        ("gemm_weight_s", np.float64, (5,)),
-        ("gemm_row_memory_s", np.float64, (5,)),
-        ("gemm_fixed_s", np.float64, (5,)),
+        ("log_untouched", np.float64),  # log(1 - k/E): of the chance that a token passes an expert by; 0: dense
+        ("gemm_row_compute_s", np.float64, (6,)),
+        ("gemm_weight_s", np.float64, (6,)),
+        ("gemm_row_memory_s", np.float64, (6,)),
+        ("gemm_fixed_s", np.float64, (6,)),
         ("token_s", np.float64),  # element-wise operators and all-reduce, per token and layer
         ("layer_fixed_s", np.float64),  # fixed kernel times of one layer other than GEMMs
         ("pair_s", np.float64),  # prefill attention arithmetic per (query, key) pair
@@ -74,6 +79,10 @@ def build_cost(
     record = cost[0]
     record["layers"] = model.layers
     record["host_s"] = host_s
+    if model.experts:
+        chosen = model.experts_per_token / model.experts
+        # Where every token takes all experts the logarithm is -inf, and 0 tokens times -inf is not a number.
+        record["log_untouched"] = math.log1p(-chosen) if chosen < 1.0 else -700.0
     if form == "ooco-xllm":
         _fill_xllm(record, model, hardware, tp)
     else:
@@ -81,30 +90,42 @@ def build_cost(
     return cost
 
 
-def gemm_shapes(model: ModelSpec, tp: int) -> list[tuple[float, float, float]]:
-    """(inputs, outputs, repetitions) of the five linear operators on one rank."""
+class Gemm(NamedTuple):
+    """One linear operator on one rank: columns in and out, its rows per token, and how many such weights there are."""
+
+    inputs: float
+    outputs: float
+    rows: float = 1.0
+    weights: float = 1.0
+
+
+def gemm_shapes(model: ModelSpec, tp: int) -> list[Gemm]:
+    """The linear operators on one rank in the order of COST; the router, which is not sharded, in MoE models only."""
     attention_width = model.q_heads * model.head_dim / tp
-    return [
-        (model.hidden, model.qkv_width / tp, 1.0),
-        (attention_width, model.hidden, 1.0),
-        (model.hidden, 2.0 * model.intermediate / tp, 1.0),
-        (model.intermediate / tp, model.hidden, 1.0),
-        (model.hidden, model.vocab / tp, 1.0),
+    width = (model.expert_intermediate if model.experts else model.intermediate) / tp
+    rows, weights = float(model.experts_per_token or 1), float(model.experts or 1)
+    shapes = [
+        Gemm(model.hidden, model.qkv_width / tp),
+        Gemm(attention_width, model.hidden),
+        Gemm(model.hidden, 2.0 * width, rows, weights),
+        Gemm(width, model.hidden, rows, weights),
+        Gemm(model.hidden, model.vocab / tp),
     ]
+    return [*shapes, Gemm(model.hidden, model.experts)] if model.experts else shapes
 
 
 def _fill_gemms(
     record: Any,
-    shapes: list[tuple[float, float, float]],
+    shapes: list[Gemm],
     flops_per_s: float,
     bytes_per_s: float,
     fixed_s: float,
     weight_bytes: float,
 ) -> None:
-    for index, (inputs, outputs, times) in enumerate(shapes):
-        record["gemm_row_compute_s"][index] = times * 2.0 * inputs * outputs / flops_per_s
-        record["gemm_weight_s"][index] = times * weight_bytes * inputs * outputs / bytes_per_s
-        record["gemm_row_memory_s"][index] = times * ACTIVATION_BYTES * (inputs + outputs) / bytes_per_s
+    for index, (inputs, outputs, rows, weights) in enumerate(shapes):
+        record["gemm_row_compute_s"][index] = rows * 2.0 * inputs * outputs / flops_per_s
+        record["gemm_weight_s"][index] = weights * weight_bytes * inputs * outputs / bytes_per_s
+        record["gemm_row_memory_s"][index] = rows * ACTIVATION_BYTES * (inputs + outputs) / bytes_per_s
         record["gemm_fixed_s"][index] = fixed_s
 
 
@@ -131,9 +152,17 @@ def _fill_calibrated(record: Any, model: ModelSpec, hardware: HardwareSpec, tp: 
     record["mixed_context_s"] = c.decode_row_pad * record["pair_s"]
     record["chain_s"] = c.chain_ns * 1e-9
     rotary_width = 2.0 * (model.q_heads + 2 * model.kv_heads) * model.head_dim / tp
-    token_values = 8.0 * model.hidden + rotary_width + 3.0 * model.intermediate / tp
+    if model.experts:
+        chosen = model.experts_per_token
+        activation = 3.0 * chosen * model.expert_intermediate / tp + (chosen + 1.0) * model.hidden  # and their sum
+    else:
+        activation = 3.0 * model.intermediate / tp
+    token_values = 8.0 * model.hidden + rotary_width + activation
     record["token_s"] = ACTIVATION_BYTES * token_values / (bandwidth * c.elementwise_bytes)
     record["layer_fixed_s"] = (c.elementwise_us + c.attention_us) * 1e-6
+    if model.experts:
+        record["gemm_row_compute_s"][2:4] /= c.moe_flops
+        record["layer_fixed_s"] += c.moe_us * 1e-6
     if tp > 1:
         ring = 2.0 * (tp - 1) / tp * ACTIVATION_BYTES * model.hidden
         record["token_s"] += 2.0 * ring / (hardware.link_bytes_per_s * c.allreduce_bytes)
@@ -144,7 +173,8 @@ def _fill_xllm(record: Any, model: ModelSpec, hardware: HardwareSpec, tp: int) -
     c = hardware.xllm
     peak, bandwidth = hardware.peak_flops_per_s, hardware.hbm_bytes_per_s
     shapes = gemm_shapes(model, tp)
-    shapes[2] = (model.hidden, model.intermediate / tp, 2.0)  # gate and up are two GEMMs there
+    up = shapes[2]  # gate and up are two GEMMs there
+    shapes[2] = Gemm(up.inputs, up.outputs / 2.0, 2.0 * up.rows, 2.0 * up.weights)
     record["hard_max"] = 1.0
     _fill_gemms(record, shapes, peak * c.gemm_flops, bandwidth * c.gemm_bytes, 0.0, model.bytes_per_param)
     _fill_attention(record, model, tp, peak * c.prefill_attention_flops, bandwidth * c.attention_bytes)
@@ -169,9 +199,23 @@ def _gemm_s(cost, index, rows):
 
 
 @kernel
+def _expert_gemm_s(cost, index, tokens, touched):
+    """gate+up or down of a MoE layer; ``touched`` is the share of the experts whose weights are read."""
+    compute = cost.gemm_row_compute_s[index] * tokens
+    memory = cost.gemm_weight_s[index] * touched + cost.gemm_row_memory_s[index] * tokens
+    return _operator_s(cost.hard_max, compute, memory) + cost.gemm_fixed_s[index]
+
+
+@kernel
 def _linear_layer_s(cost, tokens):
     """One layer without attention's data-dependent part."""
-    gemms = _gemm_s(cost, 0, tokens) + _gemm_s(cost, 1, tokens) + _gemm_s(cost, 2, tokens) + _gemm_s(cost, 3, tokens)
+    gemms = _gemm_s(cost, 0, tokens) + _gemm_s(cost, 1, tokens)
+    if cost.log_untouched == 0.0:
+        gemms = gemms + _gemm_s(cost, 2, tokens) + _gemm_s(cost, 3, tokens)
+    else:
+        touched = -math.expm1(tokens * cost.log_untouched)
+        experts = _expert_gemm_s(cost, 2, tokens, touched) + _expert_gemm_s(cost, 3, tokens, touched)
+        gemms = gemms + _gemm_s(cost, 5, tokens) + experts
     return gemms + cost.token_s * tokens + cost.layer_fixed_s
 
 
@@ -238,17 +282,21 @@ def decode_s(cost, decodes, context):
 
 
 def saturation_batch(model: ModelSpec, hardware: HardwareSpec, form: str = "calibrated", tp: int = 1) -> int:
-    """B_sat: the smallest decode batch at which every linear layer is compute bound.
+    """B_sat: the smallest decode batch at which every linear layer is compute bound, in sequences.
 
     Closed form R0 / (1 - R0 (1/in + 1/out)) with R0 = F_g / M_g in rows, maximum over the four linears of a layer
-    (open OOCO implementation). Capped at MAX_SATURATION_BATCH for layers too small to saturate at any batch.
+    (open OOCO implementation). An expert sees B k / E rows, and by then all experts are touched. A MoE router is left
+    out: it has too few columns to saturate ever, and takes microseconds. Capped at MAX_SATURATION_BATCH for layers
+    too small to saturate at any batch.
     """
     c = hardware.xllm if form == "ooco-xllm" else hardware.calibrated
-    rate = hardware.peak_flops_per_s * c.gemm_flops / (hardware.hbm_bytes_per_s * c.gemm_bytes)
-    # flops/bytes of a GEMM is 2TNK / (w NK + a T(N + K)): at w = a = 2 bytes the row count R0 equals the rate.
-    rows = rate * model.bytes_per_param / 2.0
+    dense = hardware.peak_flops_per_s * c.gemm_flops / (hardware.hbm_bytes_per_s * c.gemm_bytes)
+    grouped = 1.0 if form == "ooco-xllm" else hardware.calibrated.moe_flops
     worst = 1.0
-    for inputs, outputs, _ in gemm_shapes(model, tp)[:4]:
+    for index, (inputs, outputs, rows, weights) in enumerate(gemm_shapes(model, tp)[:4]):
+        rate = dense * grouped if model.experts and index >= 2 else dense
+        # flops/bytes of a GEMM is 2TNK / (w NK + a T(N + K)): at w = a = 2 bytes the row count R0 equals the rate.
+        needed = rate * model.bytes_per_param / 2.0 * (weights / rows)
         head_room = 1.0 - rate * ACTIVATION_BYTES / 2.0 * (1.0 / inputs + 1.0 / outputs)
-        worst = max(worst, rows / head_room if head_room > 0 else MAX_SATURATION_BATCH)
+        worst = max(worst, needed / head_room if head_room > 0 else MAX_SATURATION_BATCH)
     return min(int(math.ceil(worst - 1e-6)), MAX_SATURATION_BATCH)

@@ -29,6 +29,10 @@ class CalibratedConstants:
     decode_row_pad: float = 80.0  # qpad: rows that one decode query occupies in a mixed attention kernel
     allreduce_us: float = 7.0  # alpha
     allreduce_bytes: float = 0.35  # Bc
+    # Mixture of experts. The share of Fg that the experts' GEMMs reach lies between 0.9 with an engine's kernels tuned
+    # for the shape and 0.3 without: a property of the engine more than of the device, hence one value for all.
+    moe_flops: float = 0.6
+    moe_us: float = 10.0  # top-k choice, sorting rows by expert, summing the experts' outputs
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,40 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
+QWEN_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
 
 
 def config_file(folder, content):
@@ -45,7 +79,15 @@ def config_file(folder, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "params"), [("qwen2.5-7b", 7.62e9), ("qwen2.5-72b", 72.7e9), ("llama-3.1-8b", 8.03e9)]
+    ("name", "params"),
+    [
+        ("qwen2.5-7b", 7.62e9),
+        ("qwen2.5-72b", 72.7e9),
+        ("llama-3.1-8b", 8.03e9),
+        ("llama-3.1-70b", 70.6e9),
+        ("qwen3-32b", 32.8e9),
+        ("qwen3-30b-a3b", 30.5e9),
+    ],
 )
 def test_the_number_of_weights_is_the_published_one(name, params):
     assert resolve_model(name).params == pytest.approx(params, rel=0.01)
@@ -63,12 +105,28 @@ def test_tied_embeddings_are_counted_once():
     assert model.params - replace(model, tied_embeddings=True).params == 128256 * 4096
 
 
-@pytest.mark.parametrize(("config", "preset"), [(QWEN_7B, "qwen2.5-7b"), (LLAMA_8B, "llama-3.1-8b")])
+@pytest.mark.parametrize(
+    ("config", "preset"), [(QWEN_7B, "qwen2.5-7b"), (LLAMA_8B, "llama-3.1-8b"), (QWEN_30B_A3B, "qwen3-30b-a3b")]
+)
 def test_a_hugging_face_config_gives_the_preset(tmp_path, config, preset):
     path = config_file(tmp_path, config)
     expected = asdict(resolve_model(preset)) | {"name": tmp_path.name}
     assert asdict(model_from_hf_config(path)) == expected
     assert resolve_model(str(path)) == resolve_model({"hf_config": str(path)}) == model_from_hf_config(path)
+
+
+def test_a_mixtral_config_gives_experts_of_the_dense_width(tmp_path):
+    model = model_from_hf_config(config_file(tmp_path, MIXTRAL_8X7B))
+    assert (model.experts, model.experts_per_token, model.expert_intermediate) == (8, 2, 14336)
+    assert model.params == pytest.approx(46.7e9, rel=0.01)
+
+
+def test_weights_of_the_experts_by_hand():
+    model = resolve_model("qwen3-30b-a3b")
+    dense = replace(model, experts=0, experts_per_token=0, expert_intermediate=0)
+    experts = 48 * (128 * 3 * 2048 * 768 + 2048 * 128)  # gate, up and down of each; the router
+    assert model.params == dense.params - 48 * 3 * 2048 * 6144 + experts
+    assert model.weight_bytes == 2 * model.params
 
 
 def test_absent_keys_of_older_configs_take_their_usual_values(tmp_path):
@@ -85,8 +143,19 @@ def test_absent_keys_of_older_configs_take_their_usual_values(tmp_path):
             ["'num_hidden_layers' is missing", "integer"],
         ),
         (QWEN_7B | {"hidden_size": "3584"}, ["'hidden_size' is '3584'", "integer"]),
-        (QWEN_7B | {"num_local_experts": 8}, ["'num_local_experts' is set", "dense"]),
+        (QWEN_7B | {"num_local_experts": 8}, ["'num_experts_per_tok' is missing", "integer"]),
+        (QWEN_7B | {"num_experts": 8, "num_experts_per_tok": 2}, ["'moe_intermediate_size' is missing", "integer"]),
         (QWEN_7B | {"kv_lora_rank": 512}, ["'kv_lora_rank' is set", "full attention"]),
+        (QWEN_7B | {"n_routed_experts": 256}, ["'n_routed_experts' is set", "not modelled"]),
+        (
+            QWEN_30B_A3B | {"shared_expert_intermediate_size": 512},
+            ["shared_expert_inter", "not modelled"],
+        ),
+        (QWEN_30B_A3B | {"n_shared_experts": 1}, ["'n_shared_experts' is set", "shared experts are not modelled"]),
+        (QWEN_30B_A3B | {"mlp_only_layers": [0]}, ["'mlp_only_layers' is set", "dense layers among"]),
+        (QWEN_30B_A3B | {"decoder_sparse_step": 2}, ["'decoder_sparse_step' is 2", "only 1"]),
+        (QWEN_30B_A3B | {"num_experts_per_tok": 200}, ["experts_per_token is 200", "the 128 experts"]),
+        (MIXTRAL_8X7B | {"sliding_window": 4096}, ["'sliding_window' is set", "full attention"]),
         (QWEN_7B | {"num_key_value_heads": 5}, ["28 query heads are not a multiple of 5"]),
         (QWEN_7B | {"vocab_size": -1}, ["vocab is -1", "positive"]),
         ("{'hidden_size': 1}", ["not valid JSON"]),
@@ -132,6 +201,11 @@ MODEL |= {"intermediate": 128, "vocab": 10}
         ({"layers": 0}, ["layers is 0", "positive"]),
         ({"layers": float("nan")}, ["layers is nan", "positive"]),
         ({"kv_heads": 3}, ["2 query heads", "3 KV heads"]),
+        ({"experts": 4}, ["experts_per_token is 0", "go together"]),
+        ({"expert_intermediate": 4}, ["experts is 0", "go together"]),
+        ({"experts": -1}, ["experts is -1", "0 or more"]),
+        ({"experts": 2.5}, ["experts is 2.5", "integer"]),
+        ({"experts": 2, "experts_per_token": 3, "expert_intermediate": 8}, ["is 3", "the 2 experts"]),
     ],
 )
 def test_a_model_mapping_that_cannot_be_used(change, named):
