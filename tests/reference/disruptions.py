@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ooco_gym.cluster.control import STRICT_SHARE
+from ooco_gym.cluster.state import CANCEL, FAIL
 from tests.reference.model import Instance, Request
 
 ROLE_CHANGE_INTERVAL_S = 10.0
@@ -54,6 +55,15 @@ class Disruptions:
         self.count["role_changes"] += 1
         while instance.partial_offline:
             self.evict(instance.partial_offline[-1], instance)
+
+    def disruption(self, kind: int, index: int) -> None:
+        """(47, 48, 50)"""
+        if kind == CANCEL:
+            self.cancel(self.online[index])
+        elif kind == FAIL:
+            self.fail(self.instances[index])
+        else:
+            self.recover(self.instances[index])
 
     # --- failures -------------------------------------------------------------------------------------------------
 
@@ -152,7 +162,7 @@ class Disruptions:
         if request.rejected or request.finish_s < math.inf:
             return
         self.count["cancelled"] += 1
-        request.cancelled_s = self.now
+        request.gone_s = self.now
         here = next(instance for instance in self.instances if request in instance.waiting or request in instance.kv)
         if request in here.waiting:
             where = "waiting"

@@ -22,7 +22,7 @@ class Request:
     credited: int = 0  # prompt tokens credited to the reward
     token_s: list[float] = field(default_factory=list)  # when each token was emitted
     finish_s: float = math.inf
-    cancelled_s: float = math.inf
+    gone_s: float = math.inf
     rejected: bool = False
 
     @property
@@ -36,7 +36,7 @@ class Request:
 
     @property
     def cancelled(self) -> bool:
-        return self.cancelled_s < math.inf
+        return self.gone_s < math.inf
 
     @property
     def first_s(self) -> float:

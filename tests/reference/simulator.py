@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ooco_gym.cluster.simulator import Simulator
+from ooco_gym.cluster.state import SCHEDULER_COST, TRUE_COST
 from tests.reference.disruptions import Disruptions
 from tests.reference.iterations import Iterations
 from tests.reference.memory import Memory
@@ -55,14 +56,15 @@ class Reference(Relaxed, Strict, Unified, Iterations, Memory, Moves, Disruptions
         world = cluster.world[0]
         assert world["now_s"] == 0 and world["noise_sigma"] == 0, "the reference starts at 0 and knows no noise"
         self.rules = dict(simulator.rules)
-        self.knobs = [float(value) for value in cluster.knobs]
+        self.knobs = world["knobs"].tolist()
         for name in ("max_batch_tokens", "max_seqs", "block_tokens", "chunk_tokens"):
             setattr(self, name, int(world[name]))
         for name in ("kv_bytes_per_token", "link_bytes_per_s", "link_latency_s", "host_bytes_per_s"):
             setattr(self, name, float(world[name]))
         for name in ("pull_interval_s", "measure_from_s", "measure_to_s"):
             setattr(self, name, float(world[name]))
-        self.true_cost, self.scheduler_cost = cluster.true_cost.copy(), cluster.scheduler_cost.copy()
+        self.true_cost = cluster.costs[:, TRUE_COST].copy()
+        self.scheduler_cost = cluster.costs[:, SCHEDULER_COST].copy()
         self.built_relaxed, self.built_strict = int(world["relaxed"]), int(world["strict"])
         self.instances = [
             Instance(i, ROLES[record["role"]], *(int(record[name]) for name in ("kv_blocks", "host_blocks")),
@@ -75,17 +77,16 @@ class Reference(Relaxed, Strict, Unified, Iterations, Memory, Moves, Disruptions
                 instance.asked = i % self.built_relaxed - 1
         # (4)
         self.most_tokens = min(int(world["max_context_tokens"]), int(world["smallest_kv_blocks"]) * self.block_tokens)
-        self.tightest_tpot_s = min(tpot_s for _, tpot_s in cluster.slo_s.tolist())
-        slo_s = [cluster.slo_s.tolist()[k] for k in cluster.online_class]  # (34)
-        columns = (cluster.online_arrival_s, cluster.online_prompt, cluster.online_output)
-        rows = zip(*(column.tolist() for column in columns), slo_s, strict=True)
-        self.online = [Request(True, i, *row, *slo) for i, (*row, slo) in enumerate(rows)]
+        slo_s = world["slo_s"].tolist()[: int(world["slo_classes"])]
+        self.tightest_tpot_s = min(tpot_s for _, tpot_s in slo_s)
+        self.online: list[Request] = []
+        columns = cluster.online[["arrival_s", "prompt", "output", "slo_class"]].tolist()
+        for i, (arrival_s, prompt, output, slo_class) in enumerate(columns):
+            self.online.append(Request(True, i, arrival_s, prompt, output, *slo_s[slo_class]))  # (34)
         self.next_online = 0
-        jobs = (cluster.offline_arrival_s, cluster.offline_prompt, cluster.offline_output)
-        self.backlog = Backlog(bool(world["endless"]), *(job.tolist() for job in jobs), self.most_tokens)
-        self.cancellations = list(zip(cluster.cancel_s.tolist(), cluster.cancel_request.tolist(), strict=True))
-        faults = (cluster.fault_s, cluster.fault_instance, cluster.fault_up)
-        self.faults = list(zip(*(column.tolist() for column in faults), strict=True))
+        jobs = (cluster.offline[name].tolist() for name in ("arrival_s", "prompt", "output"))
+        self.backlog = Backlog(bool(world["endless"]), *jobs, self.most_tokens)
+        self.disruptions: list[tuple[float, int, int]] = cluster.disruptions.tolist()  # in order
         self.role_change_s = math.inf  # when the next instance begins to change its role
         self.last_role_change_s = -math.inf
         self.offline_finish: list[tuple[float, Request]] = []
@@ -114,11 +115,9 @@ class Reference(Relaxed, Strict, Unified, Iterations, Memory, Moves, Disruptions
         if self.next_online < len(self.online):
             events.append((self.online[self.next_online].arrival_s, 3, 0))
         events.append((self.backlog.next_arrival_s, 4, 0))
-        if self.cancellations:
-            events.append((self.cancellations[0][0], 5, 0))
-        if self.faults:
-            events.append((self.faults[0][0], 6, 0))
-        events.append((self.role_change_s, 7, 0))
+        if self.disruptions:  # cancellations come before failures and recoveries in the list
+            events.append((self.disruptions[0][0], 5, 0))
+        events.append((self.role_change_s, 6, 0))
         return events
 
     def happen(self, kind: int, index: int) -> None:
@@ -134,11 +133,7 @@ class Reference(Relaxed, Strict, Unified, Iterations, Memory, Moves, Disruptions
             self.backlog.arrived += 1
             self.wake_takers()  # (32)
         elif kind == 5:
-            _, request = self.cancellations.pop(0)
-            self.cancel(self.online[request])
-        elif kind == 6:
-            _, instance, up = self.faults.pop(0)
-            (self.recover if up else self.fail)(self.instances[instance])
+            self.disruption(*self.disruptions.pop(0)[1:])
         else:
             self.begin_role_change()
 
@@ -201,4 +196,4 @@ class Reference(Relaxed, Strict, Unified, Iterations, Memory, Moves, Disruptions
         else:
             last_by = request.first_s + (request.output - 1) * request.tpot_slo_s
             certain_s = last_by if request.output > 1 and request.finish_s > last_by else math.inf
-        return certain_s if certain_s <= request.cancelled_s else math.inf
+        return certain_s if certain_s <= request.gone_s else math.inf
