@@ -31,6 +31,9 @@ def differences(simulator: Simulator, reference: Reference) -> list[str]:
     for name, count in reference.counters().items():
         if world[name] != count:
             found.append(f"{name}: kernel {world[name]}, reference {count}")
+    rejections = reference.backlog.rejections()
+    if world["rejected_offline"] not in rejections:
+        found.append(f"rejected_offline: kernel {world['rejected_offline']}, reference {rejections}")
     seconds = {name: float(world[name]) for name in ("busy_s", "interrupted_s", "recompute_s")}
     seconds["busy_s"] += sum(_running_s(instance) for instance in cluster.instances)
     for name, value in seconds.items():

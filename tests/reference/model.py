@@ -157,6 +157,7 @@ class Backlog:
         self.arrived = 0
         self.passed = 0  # jobs taken or rejected
         self.rejected = 0
+        self.rejected_before = 0  # of these, jobs before one that was taken
         self.last_taken_s = 0.0
 
     @property
@@ -164,8 +165,10 @@ class Backlog:
         return math.inf if self.endless or self.arrived == len(self.arrival_s) else self.arrival_s[self.arrived]
 
     def head(self) -> Request | None:
-        if self.requeued:
-            return self.requeued[0]
+        return self.requeued[0] if self.requeued else self.next_job()
+
+    def next_job(self) -> Request | None:
+        """The job at the head of the list; those before it that are too long are rejected (4)."""
         while not self.job and (self.endless or self.passed < self.arrived):
             if self.rejected == self.passed >= len(self.prompt):
                 break  # an endless table of which no row fits
@@ -183,10 +186,19 @@ class Backlog:
         request.done = 0
         self.requeued.insert(0, request)
 
+    def rejections(self) -> range:
+        """How many there may be: those before the last job taken, or more, if somebody has looked at the next ones.
+
+        When nobody could take a job, it makes no difference who looks at it; the kernel skips such decisions.
+        """
+        self.next_job()
+        return range(self.rejected_before, self.rejected + 1)
+
     def take(self, now: float) -> Request:
         """Remove and return the head."""
         if self.requeued:
             return self.requeued.pop(0)
         job, self.job, self.last_taken_s = self.job, None, now
+        self.rejected_before = self.rejected
         assert job is not None
         return job

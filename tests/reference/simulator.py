@@ -20,7 +20,7 @@ from tests.reference.relaxed import Relaxed
 from tests.reference.strict import Strict
 from tests.reference.unified import Unified
 
-#: Integer counters of the kernel's world that the reference keeps too; two more are derived in ``counters``.
+#: Integer counters of the kernel's world that the reference keeps too; one more is derived in ``counters``.
 COUNTERS = (
     "online_finished",
     "offline_finished",
@@ -182,7 +182,6 @@ class Reference(Relaxed, Strict, Unified, Iterations, Memory, Moves, Disruptions
     def counters(self) -> dict[str, int]:
         """The integer counters of the kernel's world, at this time."""
         counts = {name: self.count[name] for name in COUNTERS}
-        counts["rejected_offline"] = self.backlog.rejected
         counts["violations"] = sum(self.booked_violation_s(request) <= self.now for request in self.online)
         return counts
 

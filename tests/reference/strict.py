@@ -139,10 +139,10 @@ class Strict:
     def strict_prefill(self, instance: Instance, bound_s: float) -> None:
         """(39)"""
         budget = math.floor(self.knobs[STRICT_PREFILL])
-        while budget >= 1:
+        while budget >= 1 and len(instance.pieces) < self.max_seqs:
             fresh = not instance.partial_offline
             request = self.offered(instance) if fresh else instance.partial_offline[0]
-            if request is None or len(instance.pieces) == self.max_seqs:
+            if request is None:
                 break
             most = min(request.left, budget - instance.piece_tokens)
             tokens = self.largest_piece(instance, request, most, bound_s)
