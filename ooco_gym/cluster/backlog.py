@@ -37,7 +37,7 @@ def _offline_job_waits(c):
 
 @kernel
 def offline_waits(c, instance):
-    """Whether the backlog offers this instance a request: its own checkpoints go first, and a drain takes nothing new."""
+    """Whether the backlog offers this instance a request: its checkpoints go first, and a drain takes nothing new."""
     rule = c.world[0].rule_admission
     if rule == ADMIT_NONE or (rule == ADMIT_UNIFIED and c.instances[instance].role != UNIFIED):
         return False
@@ -77,6 +77,7 @@ def take_offline(c):
     slot = pop_front(c, world.instances, FREE)
     record = c.slots[slot]
     record.online = NONE
+    record.serial = world.offline_taken
     record.prompt = c.offline[row].prompt
     record.output = c.offline[row].output
     record.arrival_s = world.offline_head_s if world.endless == 1 else c.offline[row].arrival_s

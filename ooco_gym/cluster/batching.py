@@ -9,6 +9,7 @@ from ooco_gym.cluster import lists
 from ooco_gym.cluster.backlog import offline_waits, peek_offline, take_offline
 from ooco_gym.cluster.control import GATE_BATCH, KV_RESERVE, PREFILL_CHUNK, WHOLE_PROMPT
 from ooco_gym.cluster.lists import pop_front, push_back
+from ooco_gym.cluster.log import PIECE, note
 from ooco_gym.cluster.residents import free_blocks, make_room_for_online, reserve
 from ooco_gym.cluster.run import blocks_for
 from ooco_gym.cluster.state import BATCH, NONE, PARTIAL_OFFLINE, PREFILL, WAITING
@@ -54,6 +55,7 @@ def add_piece(c, instance, slot, tokens):
     state.piece_kv += past + tokens
     if record.online == NONE:
         state.piece_offline_tokens += tokens
+    note(c, PIECE, instance, slot, tokens, past, 0, 0.0)
 
 
 @kernel

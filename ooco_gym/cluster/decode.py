@@ -7,6 +7,7 @@ import math
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import PULL_KV, PUSHBACK, TPOT_BOUND
+from ooco_gym.cluster.log import is_on
 from ooco_gym.cluster.prefill import complete_pieces
 from ooco_gym.cluster.queues import first_finish_step, schedule
 from ooco_gym.cluster.residents import complete_finished, drop_cancelled, grow, longest_context, select, unselect
@@ -220,6 +221,8 @@ def start_run(c, instance, was_decoding):
         run_end = min(run_end, _first_pull_boundary(c, instance), _first_push_boundary(c, instance))
     state.activity = DECODING
     state.run_end = int(run_end)
+    if is_on(c):
+        state.run_end = state.done + 1
     schedule(c, instance, boundary_s(state, state.run_end))
 
 
@@ -260,7 +263,7 @@ def iteration_with_pieces_s(c, cost, instance, more, past):
 
 @kernel
 def end_iteration(c, instance):
-    """The boundary of a decode run or of a mixed iteration: whoever is done leaves, pieces are booked, the rest grows."""
+    """The boundary of a run or of a mixed iteration: whoever is done leaves, pieces are booked, the rest grows."""
     state = c.instances[instance]
     advance(c, instance, state.run_end)
     if state.cancelled > 0:
@@ -292,7 +295,7 @@ def stop_decoding(c, instance):
 
 @kernel
 def decode_or_idle(c, instance, was_decoding, next_look_s):
-    """Run what was selected: decodes, prefill pieces or both; without any, idle until woken or until ``next_look_s``."""
+    """Run what was selected, decodes, prefill pieces or both; without any, idle until woken or ``next_look_s``."""
     if lists.length(c, instance, BATCH) > 0:
         start_mixed(c, instance, was_decoding)
         return

@@ -9,6 +9,7 @@ from ooco_gym.cluster import lists
 from ooco_gym.cluster.batching import clear_pieces
 from ooco_gym.cluster.decode import stop_decoding
 from ooco_gym.cluster.lists import pop_front, remove
+from ooco_gym.cluster.log import CANCELLED, FAILED, LOST, RECOVERED, note_instance, note_request
 from ooco_gym.cluster.queues import host_source, link_source, schedule
 from ooco_gym.cluster.residents import (
     cancel_pull,
@@ -54,6 +55,7 @@ def _lose(c, slot):
         free_slot(c, slot)
         return
     c.world[0].lost += 1
+    note_request(c, LOST, record.instance, slot)
     computed = record.done if record.phase == PREFILL or record.phase == PARTIAL else record.context - 1
     record.computed = max(record.computed, computed)
     requeue(c, slot)
@@ -64,7 +66,7 @@ def _lose_list(c, instance, which):
     """Everything in one list, whose members hold KV here, from its last to its first."""
     while lists.length(c, instance, which) > 0:
         slot = lists.last(c, instance, which)
-        if which == ONLINE_DECODES or which == OFFLINE_DECODES:
+        if which in (ONLINE_DECODES, OFFLINE_DECODES):
             cancel_pull(c, slot)
             leave(c, instance, slot)
         else:
@@ -123,6 +125,7 @@ def fail(c, instance):
     if state.activity == DOWN:
         return
     world.failures += 1
+    note_instance(c, FAILED, instance, 0)
     advance_to_time(c, instance, world.now_s)
     if state.activity == DECODING:
         stop_decoding(c, instance)
@@ -156,6 +159,7 @@ def recover(c, instance):
     """The instance is up again, empty, and decides at once."""
     if c.instances[instance].activity == DOWN:
         c.instances[instance].activity = IDLE
+        note_instance(c, RECOVERED, instance, 0)
         wake(c, instance)
 
 
@@ -170,6 +174,7 @@ def cancel(c, request):
     instance = record.instance
     state = c.instances[instance]
     world.cancelled += 1
+    note_request(c, CANCELLED, instance, slot)
     c.online[request].gone_s = world.now_s
     if record.phase == QUEUED:
         remove(c, instance, WAITING, slot)

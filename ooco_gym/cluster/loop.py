@@ -1,4 +1,4 @@
-"""The event loop: one compiled call advances a whole cluster to a time."""
+"""The event loop: one compiled call advances any number of clusters, each to its own time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ooco_gym.cluster.control import KNOB_COUNT, PREEMPT_SLACK
 from ooco_gym.cluster.decode import end_iteration
 from ooco_gym.cluster.faults import cancel, fail, recover
 from ooco_gym.cluster.lists import pop_front
+from ooco_gym.cluster.log import ARRIVAL, REJECTED, note
 from ooco_gym.cluster.prefill import complete_prefill, interrupt_at_layer
 from ooco_gym.cluster.queues import (
     CLUSTER_SOURCES,
@@ -28,18 +29,18 @@ from ooco_gym.cluster.restore import restore_end
 from ooco_gym.cluster.roles import begin_role_change, change_role_if_drained, consider_roles
 from ooco_gym.cluster.rules import ITERATION
 from ooco_gym.cluster.run import advance_to_time
-from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, PREFILLING_OFFLINE, RELAXED, STRICT
+from ooco_gym.cluster.state import CANCEL, DECODING, FAIL, FREE, IDLE, NONE, PREFILLING_OFFLINE, RELAXED, STRICT, cluster_at
 from ooco_gym.cluster.strict import choose_strict
 from ooco_gym.cluster.transfer import start_granted_pulls, transfer_end
 from ooco_gym.cluster.unified import choose_unified
 
-#: What :func:`run` returns.
-REACHED, NEEDS_SLOTS = 0, 1
+#: What :func:`run_many` says of a cluster.
+REACHED, NEEDS_SLOTS, NEEDS_LOG = 0, 1, 2
 
 
 @kernel
 def _decide(c, instance):
-    """The end of an iteration, or a wake-up: book what ended, then choose what is next as the instance's role has it."""
+    """The end of an iteration, or a wake-up: book what ended, then choose what is next as the role has it."""
     state = c.instances[instance]
     was_decoding = state.activity == DECODING
     state.head_refused = 0
@@ -91,11 +92,13 @@ def _online_arrival(c):
         record.arrival_s = world.now_s
         fresh_slot(c, slot)
         c.online[request].slot = slot
+        note(c, ARRIVAL, NONE, slot, prompt, output, c.online[request].slo_class, 0.0)
         instance = enqueue_online(c, slot, False)
         second.prefill_s += record.estimate_s
         _maybe_preempt(c, instance, slot)
     else:
         c.online[request].first_s = math.nan
+        note(c, REJECTED, NONE, NONE, request, 0, 0, 0.0)
         world.rejected_online += 1
     world.next_online = request + 1
     following = c.online[request + 1].arrival_s if request + 1 < world.online_requests else math.inf
@@ -128,15 +131,17 @@ def _disruption(c):
     schedule(c, cluster_source(c, DISRUPTION), due_s)
 
 
-@entry_point
-def run(c, until_s):
+@kernel
+def _run(c, until_s):
     """Process every event up to and including ``until_s`` and account all running iterations up to it.
 
-    Returns REACHED, or NEEDS_SLOTS when the caller must provide more request slots and call again.
+    Returns REACHED, or NEEDS_SLOTS or NEEDS_LOG when the caller must provide more request slots, or room in the log,
+    and call again.
     """
     world = c.world[0]
     instances = world.instances
     reserve = world.max_seqs + 1  # no single event takes more
+    room = 6 * c.slots.shape[0] + 64  # more than a single event logs: it touches every request a few times at most
     while True:
         source = next_source(c)
         time_s = c.queue[source].time_s
@@ -144,6 +149,8 @@ def run(c, until_s):
             break
         if lists.length(c, instances, FREE) < reserve:
             return NEEDS_SLOTS
+        if c.log.shape[0] > 0 and c.log.shape[0] - world.logged < room:
+            return NEEDS_LOG
         world.now_s = time_s
         world.events += 1
         if source < instances:
@@ -167,12 +174,22 @@ def run(c, until_s):
     return REACHED
 
 
+@entry_point
+def run_many(addresses, until_s, status):
+    """Advance each cluster, given by its address, to its time; ``status`` says which wants more slots or log first.
+
+    ``addresses`` int64 [N], ``until_s`` float64 [N], ``status`` int64 [N], written.
+    """
+    for index in range(addresses.shape[0]):
+        status[index] = _run(cluster_at(addresses[index]), until_s[index])
+
+
 @kernel
 def _judge_deadlines(c):
     """Book every violation that became certain by now at the second in which it did.
 
-    TTFT deadlines of a class pass in order of arrival, so a cursor walks them; TPOT deadlines come off a heap. A request is
-    booked once: its TPOT deadline is only armed when its first token was in time.
+    TTFT deadlines of a class pass in order of arrival, so a cursor walks them; TPOT deadlines come off a heap. A
+    request is booked once: its TPOT deadline is only armed when its first token was in time.
     """
     world = c.world[0]
     now_s = world.now_s
@@ -202,8 +219,15 @@ def _book_violation(c, request, deadline_s):
 
 
 @entry_point
-def set_knobs(c, knobs):
-    """Apply a knob vector from the next decision on; an instance in a run decides at its next boundary."""
+def set_knobs_many(addresses, knobs):
+    """Apply a knob vector, row of ``knobs`` float64 [N, KNOB_COUNT], to each cluster from its next decision on."""
+    for index in range(addresses.shape[0]):
+        _set_knobs(cluster_at(addresses[index]), knobs[index])
+
+
+@kernel
+def _set_knobs(c, knobs):
+    """An instance in a run decides at its next boundary, an idle one at once."""
     same = True
     for index in range(KNOB_COUNT):
         if c.world[0].knobs[index] != knobs[index]:

@@ -1,4 +1,4 @@
-"""Prefill: a batch of its own on a relaxed instance, its interruption at a layer, and what the end of a piece brings."""
+"""Prefill: a batch of its own on a relaxed instance, its interruption at a layer, and what the end of a piece means."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.batching import clear_pieces
 from ooco_gym.cluster.lists import push_front, remove
+from ooco_gym.cluster.log import INTERRUPTED, ITERATION_END, PREFILLED, note, note_request
 from ooco_gym.cluster.queues import schedule
 from ooco_gym.cluster.residents import finish, first_token, free_slot, join, partial_list, release, requeue, wake_takers
 from ooco_gym.cluster.rules import CHUNK, DECODE_STRICT
@@ -66,6 +67,7 @@ def _lose_batch(c, instance):
     world = c.world[0]
     state = c.instances[instance]
     world.preemptions += 1
+    note(c, INTERRUPTED, instance, NONE, lists.length(c, instance, BATCH), 0, 0, state.end_s - state.start_s)
     world.interrupted_s += state.end_s - state.start_s
     while lists.length(c, instance, BATCH) > 0:
         slot = lists.last(c, instance, BATCH)
@@ -132,6 +134,7 @@ def _book_piece(c, instance, slot):
         free_slot(c, slot)
     elif record.done == record.context:
         remove(c, instance, BATCH, slot)
+        note_request(c, PREFILLED, instance, slot)
         if record.online == NONE:
             _prefilled_offline(c, instance, slot)
         else:
@@ -170,4 +173,5 @@ def complete_prefill(c, instance):
         clear_pieces(c, instance)
         return
     world.iterations += 1
+    note(c, ITERATION_END, instance, NONE, 0, state.piece_tokens, state.piece_recomputed, duration_s)
     complete_pieces(c, instance, duration_s, 0)

@@ -8,6 +8,17 @@ from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import STRICT_PREFILL
 from ooco_gym.cluster.lists import push_back, push_front, remove
+from ooco_gym.cluster.log import (
+    BECAME_RESIDENT,
+    CHECKPOINTED,
+    ENTER,
+    EVICTED,
+    EXIT,
+    FINISHED,
+    ROUTED,
+    note,
+    note_request,
+)
 from ooco_gym.cluster.queues import (
     completion_push,
     completion_remove,
@@ -152,6 +163,7 @@ def select(c, instance, slot):
     c.block_phase[instance, int(record.online != NONE), record.context % c.world[0].block_tokens] += 1
     completion_push(c, instance, slot)
     state.changed = 1
+    note_request(c, ENTER, instance, slot)
 
 
 @kernel
@@ -176,6 +188,7 @@ def unselect(c, instance, slot):
     if record.last_token_s < 0.0:  # it took part in the run; not when it was selected in this very decision
         record.last_token_s = boundary_s(state, state.done)
     state.changed = 1
+    note_request(c, EXIT, instance, slot)
 
 
 @kernel
@@ -206,6 +219,7 @@ def join(c, instance, slot):
     c.instances[instance].changed = 1
     if record.online != NONE:
         c.instances[instance].class_decodes[c.online[record.online].slo_class] += 1
+    note_request(c, BECAME_RESIDENT, instance, slot)
 
 
 @kernel
@@ -240,6 +254,7 @@ def finish(c, slot):
     """Book the last token of a request, whose KV has been released."""
     world = c.world[0]
     record = c.slots[slot]
+    note(c, FINISHED, record.instance, slot, record.prompt, record.output, 0, 0.0)
     if record.online != NONE:
         c.online[record.online].finish_s = world.now_s
         world.online_finished += 1
@@ -329,6 +344,7 @@ def enqueue_online(c, slot, at_head):
     record.instance = best
     record.phase = QUEUED
     # In units of 2^-40 s the sums of estimates are exact, so that equal loads are ties.
+    note_request(c, ROUTED, best, slot)
     record.estimate_s = math.floor(prefill_s(c.costs[best, SCHEDULER_COST], record.context) * 2.0**40) * 2.0**-40
     c.instances[best].pending_s += record.estimate_s
     if at_head:
@@ -364,6 +380,7 @@ def _checkpoint(c, instance, slot):
     record.instance = instance
     push_front(c, instance, CHECKPOINTS, slot)
     c.world[0].checkpoints += 1
+    note_request(c, CHECKPOINTED, instance, slot)
     wake(c, instance)
     return True
 
@@ -404,6 +421,7 @@ def _evict_resident(c, instance, slot):
 def evict(c, instance, slot):
     """Free a request's KV; it will be restored from host memory or recomputed."""
     c.world[0].evictions += 1
+    note_request(c, EVICTED, instance, slot)
     phase = c.slots[slot].phase
     if phase == RESIDENT:
         _evict_resident(c, instance, slot)

@@ -9,6 +9,7 @@ from ooco_gym.cluster import lists
 from ooco_gym.cluster.batching import gate_open, offline_fits
 from ooco_gym.cluster.control import PULL_KV
 from ooco_gym.cluster.lists import pop_front, push_back
+from ooco_gym.cluster.log import RESTORED, note_request
 from ooco_gym.cluster.queues import host_source, schedule
 from ooco_gym.cluster.residents import join, reserve, wake
 from ooco_gym.cluster.run import blocks_for
@@ -57,6 +58,7 @@ def restore_end(c, instance):
     slot = pop_front(c, instance, RESTORES)
     c.instances[instance].host_used -= blocks_for(c, c.slots[slot].context)
     c.world[0].restores += 1
+    note_request(c, RESTORED, instance, slot)
     join(c, instance, slot)
     wake(c, instance)
     start_host_link(c, instance)

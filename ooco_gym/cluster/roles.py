@@ -7,6 +7,7 @@ import math
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.control import STRICT_SHARE
+from ooco_gym.cluster.log import ROLE_CHANGED, STARTS_DRAINING, note_instance
 from ooco_gym.cluster.queues import ROLE_CHANGE, cluster_source, schedule
 from ooco_gym.cluster.residents import evict, wake
 from ooco_gym.cluster.rules import draining
@@ -61,6 +62,7 @@ def begin_role_change(c):
             changing = instance
     c.instances[changing].becoming = STRICT if missing > 0 else RELAXED
     world.role_change_s = world.now_s
+    note_instance(c, STARTS_DRAINING, changing, c.instances[changing].becoming)
     wake(c, changing)
     consider_roles(c)
 
@@ -81,5 +83,6 @@ def change_role_if_drained(c, instance):
         return
     state.role = state.becoming
     c.world[0].role_changes += 1
+    note_instance(c, ROLE_CHANGED, instance, state.role)
     while lists.length(c, instance, PARTIAL_OFFLINE) > 0:
         evict(c, instance, lists.last(c, instance, PARTIAL_OFFLINE))

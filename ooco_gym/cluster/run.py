@@ -17,6 +17,7 @@ import numpy as np
 
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
+from ooco_gym.cluster.log import ITERATION_END, is_on, note
 from ooco_gym.cluster.queues import schedule
 from ooco_gym.cluster.state import DECODING, NONE, ONLINE_DECODES, TBT_BINS, TBT_FIRST_S, TBT_RATIO
 
@@ -206,6 +207,9 @@ def advance(c, instance, k):
     state.last_iteration_s = duration_s(state, k)
     state.grown = 1 if k < state.run_end else 0
     world.iterations += count
+    if is_on(c):  # the log cuts runs into single iterations
+        batch = state.selected_online + state.selected_offline
+        note(c, ITERATION_END, instance, NONE, batch, state.piece_tokens, state.piece_recomputed, duration_s(state, k))
     world.credited_output_tokens += count * state.selected_offline
 
 

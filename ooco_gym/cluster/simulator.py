@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ooco_gym.cluster.control import RULES, check_knobs, check_rules, ooco_knobs
 from ooco_gym.cluster.disruptions import disruptions
-from ooco_gym.cluster.loop import NEEDS_SLOTS, prepare, run, set_knobs
+from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run_many, set_knobs_many
 from ooco_gym.cluster.outcome import Outcome, measure
 from ooco_gym.cluster.queues import CLUSTER_SOURCES
 from ooco_gym.cluster.state import (
@@ -19,6 +19,7 @@ from ooco_gym.cluster.state import (
     FREE,
     INSTANCE,
     LIST_COUNT,
+    LOG,
     NONE,
     OFFLINE,
     ONLINE,
@@ -53,23 +54,26 @@ class SimulatorState:
 
 
 def _copy(cluster: Cluster) -> Cluster:
-    written = {name: getattr(cluster, name).copy() for name in Cluster._fields if name not in _READ_ONLY}
-    return cluster._replace(**written)
+    return cluster.replace(**{name: getattr(cluster, name).copy() for name in Cluster.FIELDS if name not in _READ_ONLY})
 
 
 class Simulator:
-    """One episode of one scenario under fixed rules.
+    """One episode of one scenario under fixed rules; ``log`` keeps a record of every event (:meth:`log`).
 
     >>> simulator = Simulator(scenario, rules={}, seed=0)
     >>> simulator.run(60.0)
     """
 
-    def __init__(self, scenario: Scenario, rules: Mapping[str, str] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, scenario: Scenario, rules: Mapping[str, str] | None = None, seed: int = 0, log: bool = False
+    ) -> None:
         self.scenario = scenario
         self.rules = check_rules(rules or {})
         self.seed = seed
         self.cluster = _build(scenario, self.rules, seed)
         self._constants = _deployment(scenario)
+        if log:
+            self.cluster = _with_more_log(self.cluster)
         prepare(self.cluster)
         self._at_warmup = self.cluster.world.copy()
 
@@ -87,12 +91,20 @@ class Simulator:
         self._advance(until_s)
 
     def _advance(self, until_s: float) -> None:
-        while run(self.cluster, float(until_s)) == NEEDS_SLOTS:
-            self.cluster = _with_more_slots(self.cluster)
+        status = np.zeros(1, np.int64)
+        while True:
+            run_many(self._addresses, np.array([until_s], np.float64), status)
+            if status[0] == REACHED:
+                return
+            self.cluster = (_with_more_slots if status[0] == NEEDS_SLOTS else _with_more_log)(self.cluster)
+
+    @property
+    def _addresses(self) -> npt.NDArray[np.int64]:
+        return np.array([self.cluster.address], np.int64)
 
     def set_knobs(self, knobs: npt.ArrayLike) -> None:
         """Set the knob vector, float64 [KNOB_COUNT]; it acts from the next decision on."""
-        set_knobs(self.cluster, check_knobs(knobs))
+        set_knobs_many(self._addresses, check_knobs(knobs)[None])
 
     def state(self) -> SimulatorState:
         """A copy of everything that the rest of the episode depends on; :meth:`restore` returns to it."""
@@ -108,6 +120,10 @@ class Simulator:
     def telemetry(self) -> Telemetry:
         """What a policy may know now."""
         return read(self.cluster, self._constants)
+
+    def log(self) -> npt.NDArray[np.void]:
+        """The events so far, [events] LOG in order; ``log.EVENTS`` says what they mean. Empty unless asked for."""
+        return self.cluster.log[: self.cluster.world[0]["logged"]].copy()
 
     def outcome(self) -> Outcome:
         """Outcome metrics; meaningful once the scenario's horizon has been reached."""
@@ -202,6 +218,7 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         timers=np.zeros(requests + 1, TIMER),
         disruptions=disruptions(scenario.faults, online.arrival_s, count, scenario.horizon_s, fault_seed),
         ring=ring,
+        log=np.zeros(0, LOG),
     )
     return _with_more_slots(cluster)
 
@@ -257,4 +274,11 @@ def _with_more_slots(cluster: Cluster) -> Cluster:
     free[1] = new - 1
     free[2] += new - old
     world["slots"] = new
-    return cluster._replace(slots=slots, heaps=heaps)
+    return cluster.replace(slots=slots, heaps=heaps)
+
+
+def _with_more_log(cluster: Cluster) -> Cluster:
+    """The same cluster with twice the room in its event log."""
+    log = np.zeros(max(2 * len(cluster.log), 16 * len(cluster.slots), 1 << 16), LOG)
+    log[: len(cluster.log)] = cluster.log
+    return cluster.replace(log=log)

@@ -10,12 +10,14 @@ arrays over all online requests.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ooco_gym.cluster.control import KNOB_COUNT, RULE_NAMES
+from ooco_gym.cluster.handle import HandleType, register, table
+from ooco_gym.roofline import COST
 from ooco_gym.specs import MOST_CLASSES
 
 # Roles of an instance.
@@ -63,6 +65,7 @@ WORLD = np.dtype(
         ("slots", np.int64),
         ("events", np.int64),
         ("iterations", np.int64),  # logical iterations: what an iteration-by-iteration simulator would execute
+        ("logged", np.int64),  # entries of the event log in use
         ("sequence", np.int64),  # total order of joins; ties and "newest" are decided by it
         # deployment, constant in an episode
         ("max_batch_tokens", np.int64),
@@ -202,6 +205,7 @@ SLOT = np.dtype(
         ("prev", np.int64),
         ("phase", np.int64),  # UNUSED .. RESIDENT
         ("online", np.int64),  # index of the online request, NONE for offline work
+        ("serial", np.int64),  # of an offline request: its place in the order in which the backlog gave them out
         ("prompt", np.int64),
         ("output", np.int64),
         ("context", np.int64),  # prompt + generated tokens; of a selected decode: context - steps at selection
@@ -265,26 +269,81 @@ TIMER = np.dtype([("time_s", np.float64), ("request", np.int64)])
 CANCEL, FAIL, RECOVER = 0, 1, 2
 DISRUPTION = np.dtype([("time_s", np.float64), ("kind", np.int64), ("index", np.int64)])
 
+#: An entry of the event log; what the numbers mean depends on the kind (log.py).
+LOG = np.dtype(
+    [
+        ("time_s", np.float64),
+        ("kind", np.int64),
+        ("instance", np.int64),  # NONE where there is none
+        ("offline", np.int64),  # class of the request
+        ("request", np.int64),  # row of an online request, serial number of an offline one; NONE where there is none
+        ("a", np.int64),
+        ("b", np.int64),
+        ("d", np.int64),
+        ("seconds", np.float64),
+    ]
+)
+
 # Columns of ``Cluster.costs``.
 TRUE_COST, SCHEDULER_COST = 0, 1
 
 
-class Cluster(NamedTuple):
-    """Every array of one simulated cluster. I instances, S slots, N online requests, J offline jobs.
+_FIELDS = (
+    ("world", WORLD, 1),  # [1]
+    ("instances", INSTANCE, 1),  # [I]
+    ("slots", SLOT, 1),  # [S]
+    ("lists", np.dtype(np.int64), 3),  # [I + 1, LIST_COUNT, 3] head, tail, length
+    ("heaps", np.dtype(np.int64), 2),  # [I, S] slots keyed by their finishing step
+    ("block_phase", np.dtype(np.int64), 3),  # [I, 2, block_tokens] selected, by class and (context - steps) % block
+    ("queue", EVENT, 1),  # [2 P] next event of each source, and the tournament over them
+    ("costs", COST, 2),  # [I, 2] what times an instance, what schedulers predict with
+    ("online", ONLINE, 1),  # [N]
+    ("offline", OFFLINE, 1),  # [J]
+    ("timers", TIMER, 1),  # [N + 1] heap of TPOT deadlines of requests whose TTFT was met
+    ("disruptions", DISRUPTION, 1),  # [D] in order
+    ("ring", SECOND, 1),  # [RING_SECONDS]
+    ("log", LOG, 1),  # [L], empty while the log is off
+)
 
-    Few arrays of wide records: a compiled call passes every array it is given, so their number is the price of a call.
-    """
 
-    world: npt.NDArray[np.void]  # [1] WORLD
-    instances: npt.NDArray[np.void]  # [I] INSTANCE
-    slots: npt.NDArray[np.void]  # [S] SLOT
-    lists: npt.NDArray[np.int64]  # [I + 1, LIST_COUNT, 3] head, tail, length
-    heaps: npt.NDArray[np.int64]  # [I, S] slots keyed by their finishing step
-    block_phase: npt.NDArray[np.int64]  # [I, 2, block_tokens] selected offline/online by (context - steps) % block
-    queue: npt.NDArray[np.void]  # [2 P] EVENT: next event of each source, and the tournament over them
-    costs: npt.NDArray[np.void]  # [I, 2] COST: what times an instance, what schedulers predict with
-    online: npt.NDArray[np.void]  # [N] ONLINE
-    offline: npt.NDArray[np.void]  # [J] OFFLINE
-    timers: npt.NDArray[np.void]  # [N + 1] TIMER: heap of TPOT deadlines of requests whose TTFT was met
-    disruptions: npt.NDArray[np.void]  # [D] DISRUPTION, in order
-    ring: npt.NDArray[np.void]  # [RING_SECONDS] SECOND
+class Cluster:
+    """Every array of one simulated cluster, by name. I instances, S slots, N online requests, J offline jobs."""
+
+    FIELDS = tuple(name for name, _, _ in _FIELDS)
+    world: npt.NDArray[np.void]
+    instances: npt.NDArray[np.void]
+    slots: npt.NDArray[np.void]
+    lists: npt.NDArray[np.int64]
+    heaps: npt.NDArray[np.int64]
+    block_phase: npt.NDArray[np.int64]
+    queue: npt.NDArray[np.void]
+    costs: npt.NDArray[np.void]
+    online: npt.NDArray[np.void]
+    offline: npt.NDArray[np.void]
+    timers: npt.NDArray[np.void]
+    disruptions: npt.NDArray[np.void]
+    ring: npt.NDArray[np.void]
+    log: npt.NDArray[np.void]
+
+    def __init__(self, **arrays: npt.NDArray[Any]) -> None:
+        for name, dtype, ndim in _FIELDS:
+            array = arrays[name]
+            assert (array.dtype, array.ndim) == (dtype, ndim), f"{name} is {array.dtype} [{array.ndim}]"
+            setattr(self, name, array)
+        self._table = table([arrays[name] for name in self.FIELDS])
+        self.address = int(self._table.ctypes.data)  # what compiled code gets
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made from the arrays: an address means nothing elsewhere."""
+        return _from_arrays, ({name: getattr(self, name) for name in self.FIELDS},)
+
+    def replace(self, **arrays: npt.NDArray[Any]) -> Cluster:
+        """The same cluster with some arrays exchanged."""
+        return Cluster(**{**{name: getattr(self, name) for name in self.FIELDS}, **arrays})
+
+
+def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Cluster:
+    return Cluster(**arrays)
+
+
+cluster_at = register(HandleType("Cluster", _FIELDS), Cluster)

@@ -16,6 +16,7 @@ from ooco_gym.cluster.decode import (
     mix_selection,
     pull_step_limit_s,
 )
+from ooco_gym.cluster.log import PUSHED, note
 from ooco_gym.cluster.mixing import add_strict_prefill
 from ooco_gym.cluster.residents import context_now, free_blocks, leave, wake
 from ooco_gym.cluster.restore import start_restores
@@ -95,7 +96,7 @@ def pull(c, instance):
 
 @kernel
 def push_back_offline(c, instance):
-    """Above its KV mark a strict instance sends its newest offline decode to the emptiest relaxed instance with room."""
+    """Above its KV mark a strict instance sends its newest offline decode to the emptiest relaxed instance."""
     world = c.world[0]
     state = c.instances[instance]
     if c.world[0].knobs[PUSHBACK] >= 1.0 or state.pushed_slot != NONE or world.now_s < state.next_push_s:
@@ -119,6 +120,7 @@ def push_back_offline(c, instance):
         leave(c, instance, slot)
         state.pushed_slot = slot
         world.pushbacks += 1
+        note(c, PUSHED, instance, slot, target, 0, 0, 0.0)
         start_transfer(c, slot, target)
 
 

@@ -11,6 +11,7 @@ import math
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.lists import pop_front, push_back
+from ooco_gym.cluster.log import PULLED, TRANSFER_START, TRANSFERRED, WAITS_HELD, note
 from ooco_gym.cluster.queues import link_source, schedule
 from ooco_gym.cluster.residents import (
     cancel_pull,
@@ -45,6 +46,7 @@ def start_transfer(c, slot, target):
     source = record.instance
     now_s = c.world[0].now_s
     record.phase = TRANSFER
+    note(c, TRANSFER_START, source, slot, target, record.context, 0, 0.0)
     record.target = target
     advance_to_time(c, target, now_s)  # its free blocks as of now
     reserve(c, target, slot, blocks_for(c, record.context))
@@ -91,6 +93,7 @@ def hand_over(c, slot):
         start_transfer(c, slot, target)
         return
     record.phase = HELD
+    note(c, WAITS_HELD, record.instance, slot, target, 0, 0, 0.0)
     record.queue = which
     record.order = world.sequence
     world.sequence += 1
@@ -140,6 +143,7 @@ def start_granted_pulls(c, source):
             record.leaving = 0
             c.instances[source].granted -= 1
             world.migrations += 1
+            note(c, PULLED, source, slot, target, 0, 0, 0.0)
             start_transfer(c, slot, target)
         else:
             cancel_pull(c, slot)
@@ -152,6 +156,7 @@ def transfer_end(c, source):
     record = c.slots[slot]
     target = record.target
     forget_transfer(c, source, slot)
+    note(c, TRANSFERRED, target, slot, source, 0, 0, 0.0)
     release(c, source, slot)
     record.blocks = blocks_for(c, record.context)
     if record.cancelled == 1:
