@@ -28,7 +28,7 @@ class Iterations:
         return iteration_s(cost, *self.prefill_shape(pieces), *batch)
 
     def decode_s(self, cost, decodes: list[Request]) -> float:
-        """(24) c0(B) + c1 C; no decodes take no time."""
+        """(24) c0(B) + c1 C; without decodes 0."""
         if not decodes:
             return 0.0
         c0, c1 = decode_affine(cost, float(len(decodes)))
@@ -86,15 +86,13 @@ class Iterations:
         """A prefill batch of a relaxed instance, or a mixed iteration (38)."""
         instance.k = 0
         true, scheduler = self.true_cost[instance.index], self.scheduler_cost[instance.index]
-        duration_s = self.seconds_of(true, instance.pieces, instance.decodes)
-        instance.due_s = self.now + duration_s
+        instance.due_s = self.now + self.seconds_of(true, instance.pieces, instance.decodes)
+        instance.taking_s = self.decode_s(scheduler, instance.decodes)  # (27)
         if instance.role == "relaxed":
-            instance.taking_s = duration_s
             instance.predicted_end_s = self.now + self.seconds_of(scheduler, instance.pieces, [])
             layers = layers_s(true, *self.prefill_shape(instance.pieces), 0.0, 0.0, 0.0)
             instance.layer_s = layers / float(true["layers"])
         else:
-            instance.taking_s = self.decode_s(scheduler, instance.decodes)  # (27)
             kind = "mixed iteration" if instance.decodes else "iteration of pieces alone"
             self.log(f"{kind} ({instance.role})", None, instance)
 
@@ -207,7 +205,7 @@ class Iterations:
 
     def after_interruption(self, instance: Instance) -> None:
         """(21)"""
-        instance.interrupted = False
+        instance.interrupted, instance.last_iteration_s = False, 0.0
         self.count["preemptions"] += 1
         self.seconds["busy_s"] += self.now - instance.start_s
         self.seconds["interrupted_s"] += self.now - instance.start_s
