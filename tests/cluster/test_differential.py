@@ -143,29 +143,83 @@ def test_kernel_agrees_with_reference(case):
     _agree(case)
 
 
-# What a case can exercise, beside the event kinds that the reference logs.
+# What a case can exercise: the kinds of event that the reference logs.
 EVENTS = (
+    # prefill, in pieces or whole
     "prefill start",
     "prefill end",
-    "interrupted",
+    "piece",
+    "next piece",
     "first token",
+    "first token (unified)",
     "finish",
     "rejected",
-    "decode batch",
-    "paused",
-    "gate closed",
     "no KV for online prefill",
     "no KV for offline prefill",
+    "no KV for fcfs prefill",
+    "gate closed",
+    "piece too short (relaxed)",
+    "piece too short (strict)",
+    "piece too short (unified)",
+    # preemption
     "preemption",
+    "interrupted",
+    "chunk kept",
+    "chunk lost",
+    # iterations
+    "decode batch",
+    "paused",
+    "mixed iteration (strict)",
+    "mixed iteration (unified)",
+    "iteration of pieces alone (strict)",
+    "iteration of pieces alone (unified)",
+    # moves
     "held",
+    "handed over anew",
     "transfer start",
     "transfer end",
     "pull granted",
     "pull off",
+    "no relaxed instance to pull from",
+    "pushback",
+    "no KV for pushback",
+    "no relaxed instance to push to",
+    # evictions and checkpoints
     "eviction of held (relaxed)",
     "eviction of offline (relaxed)",
     "eviction of offline (strict)",
+    "eviction of offline (unified)",
     "eviction of online (strict)",
+    "eviction of online (unified)",
+    "eviction of offline partial (relaxed)",
+    "eviction of offline partial (strict)",
+    "eviction of offline partial (unified)",
+    "eviction of online partial (unified)",
+    "checkpoint",
+    "host memory full",
+    "restore start",
+    "restore",
+    "no KV for restore",
+    # disruptions
+    "drain",
+    "drain ends",
+    "role change to relaxed",
+    "role change to strict",
+    "failure",
+    "recovery",
+    "lost",
+    "routed anew",
+    "routed to an instance that is down",
+    "cancelled waiting",
+    "cancelled partial",
+    "cancelled running",
+    "cancelled held",
+    "cancelled in transfer",
+    "cancelled resident",
+    "cancelled request leaves (prefill)",
+    "cancelled request leaves (transfer)",
+    "cancelled request leaves (resident)",
+    "cancelled request leaves (failure)",
 )
 
 
@@ -175,7 +229,12 @@ def _exercised(case: Case, kinds: set[str]) -> set[str]:
              zip(KNOB_NAMES, vector, ooco_knobs(), strict=True) if value != usual}  # fmt: skip
     forms = {f"true cost {case.true_form}", f"scheduler cost {case.scheduler_form}"}
     ties = {"ties in arrival times"} if case.tie_s else set()
-    return rules | knobs | forms | ties | {f"offline {case.offline_kind}"} | kinds
+    pools = {
+        "unified instances alone" if not case.relaxed else "unified beside the pools" if case.unified else "two pools"
+    }
+    devices = {"mixed devices"} if len(set(case.devices)) > 1 else set()
+    classes = {f"{max(len(case.classes), 1)} SLO classes"}
+    return rules | knobs | forms | ties | pools | devices | classes | {f"offline {case.offline_kind}"} | kinds
 
 
 @pytest.mark.slow
@@ -197,6 +256,8 @@ def test_kernel_agrees_with_reference_in_ten_thousand_cases():
     expected |= {f"{name} changed" for name in KNOB_NAMES} | {"ties in arrival times"}
     expected |= {f"{which} cost {form}" for which in ("true", "scheduler") for form in FORMS}
     expected |= {f"offline {kind}" for kind in ("none", "poisson", "jobs", "endless")}
+    expected |= {"two pools", "unified instances alone", "unified beside the pools", "mixed devices"}
+    expected |= {f"{count} SLO classes" for count in (1, 2, 3)}
     print("\ncases that exercised")
     for name in sorted(expected | set(seen)):
         print(f"{seen[name]:7d}  {name}")
@@ -207,15 +268,15 @@ def test_kernel_agrees_with_reference_in_ten_thousand_cases():
 def _bits(simulator) -> dict[str, bytes]:
     """Every array and field of the state that a stop may not change; ``events`` counts stops of runs themselves."""
     cluster = simulator.cluster
-    bits = {"online_first_s": cluster.online_first_s.tobytes(), "online_finish_s": cluster.online_finish_s.tobytes()}
-    bits["tbt"] = cluster.tbt.tobytes()
+    bits = {f"online.{name}": cluster.online[name].tobytes() for name in ("first_s", "finish_s", "gone_s")}
     for name in cluster.world.dtype.names:
         if name != "events":
             bits[f"world.{name}"] = cluster.world[name].tobytes()
-    clocks = "anchor_s c0_s c1_s done last_iteration_s start_s end_s next_pull_s pull_cursor"
-    for name in [*clocks.split(), "activity", "used_blocks", "online_blocks", "selected_online", "selected_offline"]:
+    clocks = "anchor_s c0_s c1_s done last_iteration_s start_s end_s next_pull_s pull_cursor next_push_s batches"
+    counts = "used_blocks online_blocks selected_online selected_offline offline_here incoming host_used"
+    for name in [*clocks.split(), *counts.split(), "role", "becoming", "activity", "head_refused", "granted"]:
         bits[f"instance.{name}"] = cluster.instances[name].tobytes()
-    for name in ("phase", "online", "prompt", "output", "instance"):
+    for name in ("phase", "online", "prompt", "output", "instance", "done", "piece", "credited", "cancelled"):
         bits[f"slot.{name}"] = cluster.slots[name].tobytes()
     return bits
 

@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 
 from ooco_gym.cluster.simulator import Simulator
-from ooco_gym.cluster.state import DECODING, TBT_BINS, TBT_FIRST_S, TBT_RATIO
+from ooco_gym.cluster.state import DECODING, DOWN, TBT_BINS, TBT_FIRST_S, TBT_RATIO
 from tests.reference.cases import Case
-from tests.reference.simulator import Reference
+from tests.reference.simulator import ROLES, Reference
 
 TOLERANCE = 1e-9
 
@@ -19,10 +19,12 @@ def differences(simulator: Simulator, reference: Reference) -> list[str]:
     """One line per result that the two do not agree on, empty if there is none."""
     cluster = simulator.cluster
     found = []
-    for name, values in (("first", cluster.online_first_s), ("finish", cluster.online_finish_s)):
-        mine = np.array([getattr(request, f"{name}_s") for request in reference.online])
-        values = np.where(np.isnan(cluster.online_first_s), np.nan, values)  # a rejected request never finishes
-        mine = np.where(np.isnan(values) & np.isinf(mine), np.nan, mine)
+    for name in ("first_s", "finish_s", "gone_s"):
+        mine = np.array([getattr(request, name) for request in reference.online])
+        values = cluster.online[name]
+        if name != "gone_s":  # a rejected request has no times
+            rejected = np.isnan(cluster.online["first_s"])
+            values, mine = np.where(rejected, np.nan, values), np.where(rejected & np.isinf(mine), np.nan, mine)
         bad = ~np.isclose(values, mine, rtol=TOLERANCE, atol=0.0, equal_nan=True)
         found += [f"{name} of online {i}: kernel {values[i]!r}, reference {mine[i]!r}" for i in np.flatnonzero(bad)]
     world = cluster.world[0]
@@ -36,9 +38,15 @@ def differences(simulator: Simulator, reference: Reference) -> list[str]:
             found.append(f"{name}: kernel {value!r}, reference {reference.seconds[name]!r}")
     for instance in reference.instances:
         record = cluster.instances[instance.index]
-        for name, count in (("used_blocks", instance.used), ("online_blocks", instance.online_used)):
-            if record["grown"] == 1 and record[name] != count:
-                found.append(f"{name} of instance {instance.index}: kernel {record[name]}, reference {count}")
+        fields = {"role": ROLES.index(instance.role), "becoming": ROLES.index(instance.becoming)}
+        fields["host_used"] = sum(instance.host.values())
+        if record["grown"] == 1:
+            fields |= {"used_blocks": instance.used, "online_blocks": instance.online_used}
+        for name, value in fields.items():
+            if record[name] != value:
+                found.append(f"{name} of instance {instance.index}: kernel {record[name]}, reference {value}")
+        if (record["activity"] == DOWN) == instance.up:
+            found.append(f"instance {instance.index} is {'up' if instance.up else 'down'} in the reference alone")
     return found
 
 
@@ -63,7 +71,7 @@ def tbt_difference(simulator: Simulator, reference: Reference) -> int:
     place = np.log(np.maximum(gaps, TBT_FIRST_S) / TBT_FIRST_S) / math.log(TBT_RATIO)
     low = np.bincount(np.clip(place - 1e-6, 0, TBT_BINS - 1).astype(int), minlength=TBT_BINS)
     high = np.bincount(np.clip(place + 1e-6, 0, TBT_BINS - 1).astype(int), minlength=TBT_BINS)
-    kernel = np.cumsum(simulator.cluster.tbt)
+    kernel = np.cumsum(simulator.cluster.world[0]["tbt"])
     outside = np.maximum(kernel - np.cumsum(low), 0) + np.maximum(np.cumsum(high) - kernel, 0)
     return int(outside.max())
 
