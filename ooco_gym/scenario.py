@@ -73,7 +73,7 @@ class Scenario:
     offline: OfflineWork
     episode_s: float = 600.0
     warmup_s: float = 60.0
-    faults: FaultSpec = FaultSpec()
+    faults: FaultSpec = field(default_factory=FaultSpec)
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -194,8 +194,8 @@ class Scenario:
 
     @cached_property
     def ideal_output_token_s(self) -> float:
-        """Ideal seconds of an offline output token: marginal decode cost of one more mean sequence at B_sat, on the mean
-        device."""
+        """Ideal seconds of an offline output token: marginal decode cost of one more mean sequence at B_sat, on the
+        mean device."""
         context = self.offline.mean_prompt_tokens + 0.5 * self.offline.mean_output_tokens
         marginal = []
         for cost, saturated in zip(self.scheduler_cost, self.instance_saturation_batch, strict=True):
@@ -225,8 +225,8 @@ def _group(config: Mapping[str, Any], group: str) -> Mapping[str, Any]:
 
 
 def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
-    """Resolve a scenario from groups ``model, hardware, cluster, slo, cost, workload, offline, faults`` and the plain keys
-    ``episode_s``, ``warmup_s``, ``data_dir``; everything has a default. Other keys are refused.
+    """Resolve a scenario from groups ``model, hardware, cluster, slo, cost, workload, offline, faults`` and the plain
+    keys ``episode_s``, ``warmup_s``, ``data_dir``; everything has a default. Other keys are refused.
 
     A group is a preset name or a mapping of its fields. Raises OocoError in one sentence on anything unusable.
     """

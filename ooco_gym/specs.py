@@ -1,4 +1,4 @@
-"""The parts of a scenario that are plain numbers: cluster, objectives, clocks, faults. Validated where they are made."""
+"""The parts of a scenario that are plain numbers: cluster, objectives, clocks, faults. Validated on the way in."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class ClusterSpec:
             )
         if not ((self.relaxed and self.strict) or (self.unified and not self.relaxed and not self.strict)):
             raise OocoError(
-                f"cluster has {self.relaxed} relaxed, {self.strict} strict and {self.unified} unified instances: it needs "
-                "at least one relaxed and one strict instance, or unified ones alone"
+                f"cluster has {self.relaxed} relaxed, {self.strict} strict and {self.unified} unified instances: "
+                "it needs at least one relaxed and one strict instance, or unified ones alone"
             )
         for name in ("tensor_parallel", "max_batch_tokens", "max_seqs", "chunk_tokens", "block_tokens"):
             value = getattr(self, name)

@@ -37,7 +37,7 @@ def _offline_job_waits(c):
 
 @kernel
 def offline_waits(c, instance):
-    """Whether the backlog offers this instance a request: its own checkpoints go first, and a drain takes nothing new."""
+    """Whether the backlog offers this instance a request: its checkpoints go first, and a drain takes nothing new."""
     rule = c.world[0].rule_admission
     if rule == ADMIT_NONE or (rule == ADMIT_UNIFIED and c.instances[instance].role != UNIFIED):
         return False

@@ -93,7 +93,7 @@ KNOBS: tuple[Knob, ...] = (
         1.0,
         False,
         1.0,
-        "move offline decodes back to the relaxed pool while a strict instance's KV utilisation is above this; 1 is off",
+        "move offline decodes back to the relaxed pool while strict KV utilisation is above this; 1 is off",
     ),
     Knob(
         "strict_share",

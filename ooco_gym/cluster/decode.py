@@ -263,7 +263,7 @@ def iteration_with_pieces_s(c, cost, instance, more, past):
 
 @kernel
 def end_iteration(c, instance):
-    """The boundary of a decode run or of a mixed iteration: whoever is done leaves, pieces are booked, the rest grows."""
+    """The boundary of a run or of a mixed iteration: whoever is done leaves, pieces are booked, the rest grows."""
     state = c.instances[instance]
     advance(c, instance, state.run_end)
     if state.cancelled > 0:
@@ -295,7 +295,7 @@ def stop_decoding(c, instance):
 
 @kernel
 def decode_or_idle(c, instance, was_decoding, next_look_s):
-    """Run what was selected: decodes, prefill pieces or both; without any, idle until woken or until ``next_look_s``."""
+    """Run what was selected, decodes, prefill pieces or both; without any, idle until woken or ``next_look_s``."""
     if lists.length(c, instance, BATCH) > 0:
         start_mixed(c, instance, was_decoding)
         return

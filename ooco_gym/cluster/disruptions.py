@@ -37,7 +37,9 @@ def _outages(faults: FaultSpec, instances: int, horizon_s: float, seed: int) -> 
         )
     ]
     mean_s = faults.mean_time_between_failures_s
-    for instance in range(instances if mean_s is not None else 0):
+    if mean_s is None:
+        return events
+    for instance in range(instances):
         generator = np.random.default_rng((seed, 1, instance))
         now_s = generator.exponential(mean_s)
         while now_s < horizon_s:

@@ -66,7 +66,7 @@ def _lose_list(c, instance, which):
     """Everything in one list, whose members hold KV here, from its last to its first."""
     while lists.length(c, instance, which) > 0:
         slot = lists.last(c, instance, which)
-        if which == ONLINE_DECODES or which == OFFLINE_DECODES:
+        if which in (ONLINE_DECODES, OFFLINE_DECODES):
             cancel_pull(c, slot)
             leave(c, instance, slot)
         else:

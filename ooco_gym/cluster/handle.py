@@ -65,7 +65,7 @@ def register(handle_type: HandleType, python_class: type) -> Any:
     def typeof_handle(value: Any, context: Any) -> HandleType:
         return handle_type
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def from_address(typing_context: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], _INT64.as_pointer())
@@ -80,7 +80,7 @@ class _HandleModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, fe_type, _INT64.as_pointer())
 
 
-@unbox(HandleType)  # type: ignore[untyped-decorator]
+@unbox(HandleType)
 def _unbox(handle_type: HandleType, value: Any, c: Any) -> NativeValue:
     address = c.pyapi.object_getattr_string(value, "address")
     pointer = c.builder.inttoptr(c.pyapi.long_as_ulonglong(address), _INT64.as_pointer())
@@ -96,7 +96,7 @@ class _HandleAttributes(AttributeTemplate):  # type: ignore[misc]
         return dict(handle_type.fields).get(name)
 
 
-@lower_getattr_generic(HandleType)  # type: ignore[untyped-decorator]
+@lower_getattr_generic(HandleType)
 def _getattr(context: Any, builder: Any, handle_type: HandleType, pointer: Any, name: str) -> Any:
     position = handle_type.position(name)
     array_type = handle_type.fields[position][1]

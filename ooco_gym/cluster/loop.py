@@ -40,7 +40,7 @@ REACHED, NEEDS_SLOTS, NEEDS_LOG = 0, 1, 2
 
 @kernel
 def _decide(c, instance):
-    """The end of an iteration, or a wake-up: book what ended, then choose what is next as the instance's role has it."""
+    """The end of an iteration, or a wake-up: book what ended, then choose what is next as the role has it."""
     state = c.instances[instance]
     was_decoding = state.activity == DECODING
     state.head_refused = 0
@@ -178,8 +178,8 @@ def run(c, until_s):
 def _judge_deadlines(c):
     """Book every violation that became certain by now at the second in which it did.
 
-    TTFT deadlines of a class pass in order of arrival, so a cursor walks them; TPOT deadlines come off a heap. A request is
-    booked once: its TPOT deadline is only armed when its first token was in time.
+    TTFT deadlines of a class pass in order of arrival, so a cursor walks them; TPOT deadlines come off a heap. A
+    request is booked once: its TPOT deadline is only armed when its first token was in time.
     """
     world = c.world[0]
     now_s = world.now_s

@@ -1,4 +1,4 @@
-"""Prefill: a batch of its own on a relaxed instance, its interruption at a layer, and what the end of a piece brings."""
+"""Prefill: a batch of its own on a relaxed instance, its interruption at a layer, and what the end of a piece means."""
 
 from __future__ import annotations
 

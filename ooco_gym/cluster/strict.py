@@ -96,7 +96,7 @@ def pull(c, instance):
 
 @kernel
 def push_back_offline(c, instance):
-    """Above its KV mark a strict instance sends its newest offline decode to the emptiest relaxed instance with room."""
+    """Above its KV mark a strict instance sends its newest offline decode to the emptiest relaxed instance."""
     world = c.world[0]
     state = c.instances[instance]
     if c.world[0].knobs[PUSHBACK] >= 1.0 or state.pushed_slot != NONE or world.now_s < state.next_push_s:

@@ -21,6 +21,7 @@ from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.admission import Admission, admit
 from ooco_gym.evaluation.report import WIDE
 from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
+from ooco_gym.specs import ROLES
 
 SCENARIO_KEYS = (*DEFAULT_PRESETS, "episode_s", "warmup_s", "data_dir")
 
@@ -142,15 +143,19 @@ def admit_scenario(scenario: Scenario, config: Mapping[str, Any], console: Conso
 def describe(scenario: Scenario, console: Console) -> None:
     """Two lines on what is simulated."""
     cluster, slo = scenario.cluster, scenario.slo
+    pools = " + ".join(f"{getattr(cluster, role)} {role}" for role in ROLES if getattr(cluster, role))
+    devices = sorted({device.name: device for device in scenario.instance_hardware}.values(), key=lambda d: d.name)
+    classes = f" (tightest of {len(slo.classes)} classes)" if slo.classes else ""
     console.print(
-        f"{scenario.model.name} on {cluster.relaxed} relaxed + {cluster.strict} strict {scenario.hardware.name}, "
-        f"{scenario.kv_blocks * cluster.block_tokens:,} KV tokens each, B_sat {scenario.saturation_batch}; "
-        f"SLO: TTFT {slo.ttft_s * 1e3:.4g} ms, TPOT {slo.tpot_s * 1e3:.3g} ms; "
+        f"{scenario.model.name} on {pools} {'/'.join(device.name for device in devices)}, "
+        f"{scenario.kv_blocks * cluster.block_tokens:,} KV tokens each, B_sat {scenario.saturation_batch:.0f}; "
+        f"SLO: TTFT {slo.ttft_s * 1e3:.4g} ms, TPOT {slo.tpot_s * 1e3:.3g} ms{classes}; "
         f"offline {scenario.offline.kind}, prompt {scenario.offline.mean_prompt_tokens:,.0f}, "
         f"output {scenario.offline.mean_output_tokens:,.0f} tokens"
     )
-    if not scenario.hardware.is_calibrated and "calibrated" in (scenario.cost.true_form, scenario.cost.scheduler_form):
-        console.print(f"[yellow]note[/yellow]: {scenario.hardware.name} is {scenario.hardware.source}")
+    for device in devices:
+        if not device.is_calibrated and "calibrated" in (scenario.cost.true_form, scenario.cost.scheduler_form):
+            console.print(f"[yellow]note[/yellow]: {device.name} is {device.source}")
 
 
 def save_config(config: Mapping[str, Any], folder: Path) -> None:
