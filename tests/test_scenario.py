@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from ooco_gym import presets
 from ooco_gym.cluster import Simulator
+from ooco_gym.cluster.state import CANCEL, FAIL, RECOVER
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import decode_s, saturation_batch
-from ooco_gym.cluster.state import CANCEL, FAIL, RECOVER
 from ooco_gym.scenario import DEFAULT_PRESETS, build_scenario
 from ooco_gym.specs import FaultSpec, SloClass, SloSpec
 from ooco_gym.workload import OfflineJobs, Requests
@@ -341,6 +341,7 @@ def test_an_unknown_clock_is_refused_at_once():
 
 # Every sentence of ooco_gym/specs.py.
 
+BLOCKS = "one positive integer, or 4 of them, is accepted"
 POOLS = "it needs at least one relaxed and one strict instance, or unified ones alone"
 
 
@@ -363,10 +364,10 @@ POOLS = "it needs at least one relaxed and one strict instance, or unified ones 
         ({"pull_interval_s": "soon"}, "cluster.pull_interval_s is 'soon', it must be a positive number"),
         ({"link_latency_s": -0.1}, "cluster.link_latency_s is -0.1, it must be at least 0"),
         ({"host_kv_bytes": float("inf")}, "cluster.host_kv_bytes is inf, it must be at least 0"),
-        ({"kv_blocks": 0}, "cluster.kv_blocks is 0, one positive integer, or 4 of them, is accepted"),
-        ({"kv_blocks": [9, 9]}, "cluster.kv_blocks is [9, 9], one positive integer, or 4 of them, is accepted"),
-        ({"kv_blocks": [9, 9, 0, 9]}, "cluster.kv_blocks is [9, 9, 0, 9], one positive integer, or 4 of them, is accepted"),
-        ({"kv_blocks": 3.5}, "cluster.kv_blocks is 3.5, one positive integer, or 4 of them, is accepted"),
+        ({"kv_blocks": 0}, f"cluster.kv_blocks is 0, {BLOCKS}"),
+        ({"kv_blocks": [9, 9]}, f"cluster.kv_blocks is [9, 9], {BLOCKS}"),
+        ({"kv_blocks": [9, 9, 0, 9]}, f"cluster.kv_blocks is [9, 9, 0, 9], {BLOCKS}"),
+        ({"kv_blocks": 3.5}, f"cluster.kv_blocks is 3.5, {BLOCKS}"),
         ({"relaxed_hardware": ["a100"]}, "cluster.relaxed_hardware has 1 entries for 2 instances"),
         ({"unified_hardware": ["a100"]}, "cluster.unified_hardware has 1 entries for 0 instances"),
     ],
@@ -385,12 +386,15 @@ def test_a_pools_hardware_that_is_not_known():
     refused({"cluster": {"strict_hardware": 3}}, "unknown hardware '3'", "a100")
 
 
+POSITIVE = "it must be a positive number of seconds"
+
+
 @pytest.mark.parametrize(
     ("slo", "sentence"),
     [
-        ({"ttft_s": 0.0}, "slo.ttft_s is 0.0, it must be a positive number of seconds"),
-        ({"tpot_s": "fast"}, "slo.tpot_s is 'fast', it must be a positive number of seconds"),
-        ({"classes": (SloClass("a", 1.0, -1.0, 1.0),)}, "slo.classes.a.ttft_s is -1.0, it must be a positive number of seconds"),
+        ({"ttft_s": 0.0}, f"slo.ttft_s is 0.0, {POSITIVE}"),
+        ({"tpot_s": "fast"}, f"slo.tpot_s is 'fast', {POSITIVE}"),
+        ({"classes": (SloClass("a", 1.0, -1.0, 1.0),)}, f"slo.classes.a.ttft_s is -1.0, {POSITIVE}"),
         ({"classes": (SloClass("a", 0, 1.0, 1.0),)}, "slo.classes.a.share is 0, it must be a positive number"),
         ({"classes": (SloClass("a", 1.0, 1.0, 1.0),) * 17}, "slo.classes is 17, at most 16 are accepted"),
     ],
@@ -442,17 +446,17 @@ OUTAGE = "an instance index, at_s >= 0 and for_s > 0 are needed"
 @pytest.mark.parametrize(
     ("faults", "named"),
     [
-        ({"mean_time_between_failures_s": 0}, ["faults.mean_time_between_failures_s is 0", "positive number of seconds"]),
-        ({"mean_repair_s": None}, ["faults.mean_repair_s is None, it must be a positive number of seconds"]),
-        ({"cancel_after_s": -1}, ["faults.cancel_after_s is -1, it must be a positive number of seconds"]),
+        ({"mean_time_between_failures_s": 0}, [f"faults.mean_time_between_failures_s is 0, {POSITIVE}"]),
+        ({"mean_repair_s": None}, [f"faults.mean_repair_s is None, {POSITIVE}"]),
+        ({"cancel_after_s": -1}, [f"faults.cancel_after_s is -1, {POSITIVE}"]),
         ({"cancel_share": 1.5}, ["faults.cancel_share is 1.5, accepted is 0 to 1"]),
         ({"cancel_share": "all"}, ["faults.cancel_share is 'all', accepted is 0 to 1"]),
         ({"outages": [{"instance": -1, "at_s": 0, "for_s": 1}]}, ["faults.outages is Outage(instance=-1", OUTAGE]),
         ({"outages": [{"instance": 0, "at_s": -1, "for_s": 1}]}, ["faults.outages is", "at_s=-1", OUTAGE]),
         ({"outages": [{"instance": 0, "at_s": 0, "for_s": 0}]}, ["faults.outages is", "for_s=0", OUTAGE]),
         ({"outages": [{"instance": 0, "at_s": "noon", "for_s": 1}]}, ["at_s='noon'", OUTAGE]),
-        ({"outages": [{"instance": 4, "at_s": 0, "for_s": 1}]}, ["faults.outages: no instance 4 among 4, counted from 0"]),
-        ({"outages": [{"instance": 0, "at_s": 0}]}, ["faults:", "for_s", "accepted are outages (instance, at_s, for_s)"]),
+        ({"outages": [{"instance": 4, "at_s": 0, "for_s": 1}]}, ["faults.outages: no instance 4 among 4"]),
+        ({"outages": [{"instance": 0, "at_s": 0}]}, ["faults:", "for_s", "outages (instance, at_s, for_s)"]),
         ({"outages": [{"when": 0}]}, ["faults:", "'when'", "accepted are outages"]),
         ({"outages": [3]}, ["faults:", "accepted are outages"]),
         ({"outages": 3}, ["faults:", "accepted are outages"]),

@@ -193,17 +193,21 @@ def plainly(simulator):
         if gaps and first <= end:
             tpots.append((min(finish, end) - first) / gaps)
     rates = {slo.name: n_late / max(n, 1) for slo, (n, n_late) in zip(classes, of_class, strict=True)}
-    return booked, rates, {
-        "online_requests": counted,
-        "violations": late,
-        "violation_rate": late / max(counted, 1),
-        "ttft_violations": late_first,
-        "rejected_online": rejected,
-        "ttft_p50_s": quantile(ttfts, 0.5),
-        "ttft_p99_s": quantile(ttfts, 0.99),
-        "tpot_p50_s": quantile(tpots, 0.5),
-        "tpot_p99_s": quantile(tpots, 0.99),
-    }
+    return (
+        booked,
+        rates,
+        {
+            "online_requests": counted,
+            "violations": late,
+            "violation_rate": late / max(counted, 1),
+            "ttft_violations": late_first,
+            "rejected_online": rejected,
+            "ttft_p50_s": quantile(ttfts, 0.5),
+            "ttft_p99_s": quantile(ttfts, 0.99),
+            "tpot_p50_s": quantile(tpots, 0.5),
+            "tpot_p99_s": quantile(tpots, 0.99),
+        },
+    )
 
 
 TWO_CLASSES = {"classes": {"fast": {"ttft_s": 0.3, "tpot_s": 0.02}, "slow": {"ttft_s": 0.8, "tpot_s": 0.03}}}

@@ -162,7 +162,7 @@ def test_pool_fields_are_recounts_of_the_requests_in_flight(name, faults, seed):
     t, cluster = simulator.telemetry(), simulator.cluster
     instances = cluster.instances
     up = instances["activity"] != DOWN
-    relaxed, strict = np.flatnonzero(up & (instances["role"] != STRICT)), np.flatnonzero(up & (instances["role"] != RELAXED))
+    relaxed, strict = (np.flatnonzero(up & (instances["role"] != other)) for other in (STRICT, RELAXED))
     assert (t["relaxed_instances"], t["strict_instances"]) == (len(relaxed), len(strict))
     assert t["unavailable_instances"] == (~up | (instances["role"] != instances["becoming"])).sum()
 
@@ -179,7 +179,9 @@ def test_pool_fields_are_recounts_of_the_requests_in_flight(name, faults, seed):
     assert sum(held) > 10  # or this test would say little
     pending = of_each(relaxed, lambda instance: pending_prefill_s(cluster, instance))
     assert (t["queued_prefill_mean_s"], t["queued_prefill_max_s"]) == pytest.approx((np.mean(pending), max(pending)))
-    decodes, paused, batch_s, online_s = zip(*of_each(strict, lambda instance: decodes_of(cluster, instance)))
+    decodes, paused, batch_s, online_s = zip(
+        *of_each(strict, lambda instance: decodes_of(cluster, instance)), strict=True
+    )
     assert (t["strict_decodes_mean"], t["strict_decodes_max"]) == (pytest.approx(np.mean(decodes)), max(decodes))
     assert t["strict_paused_mean"] == pytest.approx(np.mean(paused)) and sum(decodes) > 10
     for field, seconds in (("strict_batch_s", batch_s), ("strict_online_s", online_s)):
@@ -218,7 +220,7 @@ def decodes_of(cluster, instance) -> tuple[int, int, float, float]:
 
 
 def test_pools_by_hand_while_one_instance_is_down_and_another_drains():
-    """Relaxed 0 and 1, strict 2 and 3, unified 4. From 5 to 40 s instance 1 is down; from 10 s on 2 is to be relaxed."""
+    """Relaxed 0 and 1, strict 2 and 3, unified 4. From 5 to 40 s 1 is down; from 10 s on 2 is to be relaxed."""
     faults = {"outages": [{"instance": 1, "at_s": 5.0, "for_s": 35.0}]}
     cluster = {"relaxed": 2, "strict": 2, "unified": 1}
     simulator = Simulator(build_scenario({"cluster": cluster, "faults": faults, "warmup_s": 0, "episode_s": 60}))
