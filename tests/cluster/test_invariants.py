@@ -368,7 +368,8 @@ def assert_unified_has_reason(look: Look) -> None:
 
 
 def look_at_idle(case: Case, role: int, judge) -> None:
-    for simulator in stops(case):
+    often = np.linspace(0.0, case.horizon_s, 25).tolist()
+    for simulator in stops(replace(case, stops_s=(*case.stops_s, *often))):
         instances = simulator.cluster.instances
         for index in np.flatnonzero((instances["activity"] == IDLE) & (instances["role"] == role)):
             judge(Look(case, simulator, int(index)))
