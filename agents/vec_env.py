@@ -23,9 +23,8 @@ class Sb3VecEnv(VecEnv):  # type: ignore[misc]
     def __init__(self, environment: ClusterVectorEnv) -> None:
         if environment.autoreset_mode is not AutoresetMode.SAME_STEP:
             raise OocoError(f"autoreset_mode is {environment.autoreset_mode.value}, stable-baselines3 needs SameStep")
-        self.render_mode = None
+        self.environment, self.num_envs = environment, environment.num_envs  # its constructor asks for attributes
         super().__init__(environment.num_envs, environment.single_observation_space, environment.single_action_space)
-        self.environment = environment
         self.interval: dict[str, npt.NDArray[np.float64]] = {}
         self._actions = np.zeros((environment.num_envs, 0), np.float32)
 
