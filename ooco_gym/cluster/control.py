@@ -161,15 +161,15 @@ def knobs_from_mapping(values: Mapping[str, float]) -> npt.NDArray[np.float64]:
 
 
 def check_knobs(knobs: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """The vector itself, float64 [..., KNOB_COUNT]; raises OocoError that names the first knob out of its range."""
+    """The vector itself, float64 [KNOB_COUNT]; raises OocoError that names the first knob out of its range."""
     vector = np.asarray(knobs, dtype=np.float64)
-    if vector.shape[-1:] != (KNOB_COUNT,):
+    if vector.shape != (KNOB_COUNT,):
         raise OocoError(f"a knob vector has shape ({KNOB_COUNT},), got {vector.shape}: {', '.join(KNOB_NAMES)}")
     bad = ~((vector >= _LOW) & (vector <= _HIGH))
     if bad.any():
-        where = tuple(np.argwhere(bad)[0])
-        knob = KNOBS[where[-1]]
-        raise OocoError(f"knob '{knob.name}' is {vector[where]:g}, accepted is {knob.low:g} to {knob.high:g}")
+        index = int(np.argmax(bad))
+        knob = KNOBS[index]
+        raise OocoError(f"knob '{knob.name}' is {vector[index]:g}, accepted is {knob.low:g} to {knob.high:g}")
     return vector
 
 
@@ -190,9 +190,13 @@ def action_to_knobs(action: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 def knobs_to_action(knobs: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Inverse of :func:`action_to_knobs`; a knob on its bound maps to the middle of the saturated margin."""
-    vector = check_knobs(knobs)
-    u = (vector - _LOW) / (_HIGH - _LOW)
-    u[..., _LOG] = (np.log(vector[..., _LOG]) - _LOG_LOW[_LOG]) / _LOG_SPAN[_LOG]
+    return knob_rows_to_actions(check_knobs(knobs))
+
+
+def knob_rows_to_actions(knobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The same for any number of knob vectors, float64 [..., KNOB_COUNT], that are known to lie in their ranges."""
+    u = (knobs - _LOW) / (_HIGH - _LOW)
+    u[..., _LOG] = (np.log(knobs[..., _LOG]) - _LOG_LOW[_LOG]) / _LOG_SPAN[_LOG]
     action = 1.8 * u - 0.9
     action[u <= 0.0] = -0.95
     action[u >= 1.0] = 0.95

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooco_gym._jit import entry_point
-from ooco_gym.cluster.control import KNOB_NAMES, knobs_to_action
+from ooco_gym.cluster.control import KNOB_NAMES, check_knobs, knob_rows_to_actions
 from ooco_gym.cluster.telemetry import FIELD_NAMES, FIRST_KNOB, Telemetry
 
 
@@ -97,12 +97,13 @@ def _map_entries(values, field, per, scale, high, out):
 def observe_many(values: npt.NDArray[np.float64], out: npt.NDArray[np.float32]) -> None:
     """Observations ``out`` float32 [N, OBSERVATION_SIZE] of Telemetry values float64 [N, fields]."""
     _map_entries(values, _FIELD, _PER, _SCALE, _HIGH, out)
-    out[:, len(ENTRIES) :] = knobs_to_action(values[:, FIRST_KNOB : FIRST_KNOB + len(KNOB_NAMES)])
+    out[:, len(ENTRIES) :] = knob_rows_to_actions(values[:, FIRST_KNOB : FIRST_KNOB + len(KNOB_NAMES)])
 
 
 def observe(telemetry: Telemetry) -> npt.NDArray[np.float32]:
     """Observation, float32 [OBSERVATION_SIZE], of one Telemetry record; pure, and the same for simulated and live."""
     out = np.empty((1, OBSERVATION_SIZE), np.float32)
+    check_knobs(telemetry.values[FIRST_KNOB : FIRST_KNOB + len(KNOB_NAMES)])
     observe_many(telemetry.values[None], out)
     return out[0]
 

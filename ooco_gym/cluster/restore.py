@@ -13,15 +13,27 @@ from ooco_gym.cluster.log import RESTORED, note_request
 from ooco_gym.cluster.queues import host_source, schedule
 from ooco_gym.cluster.residents import join, reserve, wake
 from ooco_gym.cluster.run import blocks_for
-from ooco_gym.cluster.state import CHECKPOINTS, NONE, RESTORE, RESTORES, STRICT
+from ooco_gym.cluster.state import (
+    CHECKPOINTS,
+    INBOUND_OFFLINE,
+    INBOUND_ONLINE,
+    NONE,
+    RESTORE,
+    RESTORES,
+    STRICT,
+    WAITING,
+)
 
 
 @kernel
 def may_restore(c, instance):
-    """Whether the first checkpoint that waits here has room; False when none waits."""
+    """Whether the first checkpoint that waits here has room that nobody before it wants; False when none waits."""
     slot = lists.first(c, instance, CHECKPOINTS)
     if slot == NONE:
         return False
+    for which in (WAITING, INBOUND_ONLINE, INBOUND_OFFLINE):
+        if lists.length(c, instance, which) > 0:
+            return False
     state = c.instances[instance]
     context = c.slots[slot].context
     if state.role == STRICT:

@@ -294,7 +294,7 @@ class Look:
     def nothing_to_restore(self) -> bool:
         """(44)"""
         slot = self.first(CHECKPOINTS)
-        if slot is None:
+        if slot is None or any(self.count(which) for which in (WAITING, INBOUND_ONLINE, INBOUND_OFFLINE)):
             return True
         after = self.used + self.blocks(slot["context"])
         if self.state["role"] == STRICT:

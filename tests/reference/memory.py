@@ -113,6 +113,8 @@ class Memory:
         """(44)"""
         strict = instance.role == "strict"
         most = self.knobs[PULL_KV] if strict else 1 - self.knobs[KV_RESERVE]
+        if instance.waiting or instance.inbound_online or instance.inbound_offline:
+            return
         while instance.checkpoints and (strict or self.gate_open(instance)):
             request = instance.checkpoints[0]
             need = self.blocks(request.context)
