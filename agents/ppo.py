@@ -16,9 +16,9 @@ import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.training import Training, typed_config
+from agents.vec_env import Sb3VecEnv
 from ooco_gym.cluster.control import KNOB_NAMES, action_to_knobs, ooco_action
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import NetworkPolicy
@@ -81,7 +81,7 @@ def configure(values: Mapping[str, Any]) -> PpoConfig:
 def build_model(run: Training, config: PpoConfig) -> PPO:
     """An SB3 PPO whose deterministic policy is OOCO's action whatever it observes."""
     torch.set_num_threads(1)  # networks this small lose more to threads than they gain
-    environments = DummyVecEnv([run.environment] * config.environments)
+    environments = Sb3VecEnv(run.environments(config.environments))
     model = PPO(
         "MlpPolicy",
         environments,
@@ -126,20 +126,19 @@ class _Report(BaseCallback):  # type: ignore[misc]
         self.next_validation = config.validate_every
         self.validated_at = 0
         self.started_s = time.perf_counter()
-        self.violations: list[int] = []
-        self.arrivals: list[float] = []
+        self.violations = self.arrivals = 0.0
 
     def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
-            self.violations.append(info["interval"].violations)
-            self.arrivals.append(info["interval"].mean_arrivals)
+        interval = self.locals["env"].interval
+        self.violations += interval["violations"].sum()
+        self.arrivals += interval["mean_arrivals"].sum()
         return True
 
     def _on_rollout_end(self) -> None:
         buffer = self.model.rollout_buffer
         knobs = action_to_knobs(np.clip(buffer.actions.reshape(-1, len(KNOB_NAMES)), -1.0, 1.0))
         reward = float(buffer.rewards.mean())
-        violation_rate = sum(self.violations) / max(sum(self.arrivals), 1e-9)
+        violation_rate = self.violations / max(self.arrivals, 1e-9)
         values = {
             "train/reward": reward,
             "train/violation_rate": violation_rate,
@@ -149,8 +148,7 @@ class _Report(BaseCallback):  # type: ignore[misc]
         values |= {f"knobs/{name}": float(knobs[:, index].mean()) for index, name in enumerate(KNOB_NAMES)}
         self.run.tracker.log(values, self.num_timesteps)
         self.run.history.append({"step": self.num_timesteps, **values})
-        self.violations.clear()
-        self.arrivals.clear()
+        self.violations = self.arrivals = 0.0
         note = f"reward {reward:+.3f}  violations {violation_rate:.1%}  {values['train/steps_per_s']:,.0f} steps/s"
         self.progress.update(self.task, completed=self.num_timesteps, note=note)
         if self.num_timesteps >= self.next_validation:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gymnasium.vector import AutoresetMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from agents.tracking import Tracker
 from ooco_gym.cluster.outcome import FEASIBLE_VIOLATION_RATE
-from ooco_gym.envs import ClusterEnv, Reward
+from ooco_gym.envs import ClusterVectorEnv, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.episodes import run_episodes
 from ooco_gym.evaluation.seeds import episode_seeds
@@ -43,7 +44,7 @@ def typed_config(kind: type[Config], values: Mapping[str, Any], where: str) -> C
 
 @dataclass
 class Training:
-    """One training run. The agent trains on ``environment()``, calls :meth:`validate` now and then, and returns."""
+    """One training run. The agent trains on ``environments(n)``, calls :meth:`validate` now and then, and returns."""
 
     scenario: Scenario
     config: Mapping[str, Any]
@@ -63,8 +64,15 @@ class Training:
     def untrained_name(self) -> str:
         return f"{self.config['name']}-untrained"
 
-    def environment(self) -> ClusterEnv:
-        return ClusterEnv(self.scenario, control_interval_s=self.control_interval_s, reward=self.reward)
+    def environments(self, count: int) -> ClusterVectorEnv:
+        """``count`` environments advanced together; each starts its next episode with the step that ends one."""
+        return ClusterVectorEnv(
+            count,
+            self.scenario,
+            control_interval_s=self.control_interval_s,
+            reward=self.reward,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+        )
 
     def validate(self, policy: NetworkPolicy, step: int, episodes: int) -> dict[str, Estimate]:
         """Measure a policy on validation episodes and keep it if it is the best feasible one so far."""

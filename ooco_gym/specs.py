@@ -23,6 +23,10 @@ def _check(ok: bool, name: str, value: Any, accepted: str) -> None:
         raise OocoError(f"{name} is {value!r}, {accepted}")
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -82,8 +86,9 @@ class ClusterSpec:
             value = getattr(self, name)
             _check(is_number(value) and value >= 0, f"cluster.{name}", value, "it must be at least 0")
         if self.kv_blocks is not None:
-            blocks = [self.kv_blocks] if isinstance(self.kv_blocks, int) else list(self.kv_blocks)
-            fits = isinstance(self.kv_blocks, int) or len(blocks) == self.instances
+            several = _is_list(self.kv_blocks)
+            blocks = list(self.kv_blocks) if several else [self.kv_blocks]  # type: ignore[arg-type]
+            fits = not several or len(blocks) == self.instances
             _check(
                 fits and all(_is_count(block, 1) for block in blocks),
                 "cluster.kv_blocks",
@@ -107,7 +112,7 @@ class ClusterSpec:
             count, source = getattr(self, role), getattr(self, f"{role}_hardware")
             if source is None:
                 devices += [default] * count
-            elif isinstance(source, (list, tuple)):
+            elif _is_list(source):
                 if len(source) != count:
                     raise OocoError(f"cluster.{role}_hardware has {len(source)} entries for {count} instances")
                 devices += [resolve_hardware(entry) for entry in source]

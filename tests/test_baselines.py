@@ -54,10 +54,11 @@ def test_ooco_is_the_first_choice_of_every_rule_and_every_knobs_own_setting():
 def test_every_baseline_serves_the_same_online_requests(runs):
     first = runs["ooco"].cluster
     for name, run in runs.items():
-        assert run.cluster.online_arrival_s.tolist() == first.online_arrival_s.tolist()
+        for field in ("arrival_s", "prompt", "output", "slo_class"):
+            assert run.cluster.online[field].tolist() == first.online[field].tolist()
         assert run.outcome().online_requests > 200
-        due = first.online_arrival_s < 100
-        assert (run.cluster.online_finish_s[due] < 140).mean() > 0.9, name
+        due = first.online["arrival_s"] < 100
+        assert (run.cluster.online["finish_s"][due] < 140).mean() > 0.9, name
 
 
 def test_no_offline_does_no_offline_work(runs):
@@ -65,6 +66,22 @@ def test_no_offline_does_no_offline_work(runs):
     assert outcome.offline_requests_per_s == outcome.offline_ideal_s_per_instance_s == 0
     assert world["credited_prompt_tokens"] == world["credited_output_tokens"] == world["offline_taken"] == 0
     assert outcome.preemptions == outcome.evictions == outcome.migrations == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_baseline_never_leaves_the_paper(runs, name):
+    """No prompt in pieces, no strict prefill, no pushback, no role change, no checkpoint."""
+    outcome = runs[name].outcome()
+    assert outcome.mixed_iterations == outcome.pushbacks == outcome.role_changes == outcome.checkpoints == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_baseline_serves_stock_engines_too(name):
+    """Without pools its rules act as far as they concern an instance that runs both phases."""
+    outcome = episode(baselines.load(name), build_scenario({"cluster": "unified4", "episode_s": 60})).outcome()
+    assert outcome.online_requests > 200 and outcome.mixed_iterations > 100
+    assert (outcome.offline_requests_per_s > 1) == (name != "no-offline")
+    assert outcome.preemptions == outcome.migrations == outcome.pushbacks == 0
 
 
 def test_no_offline_is_the_easiest_on_online_work(runs):

@@ -54,16 +54,17 @@ def refused(folder, *named):
 
 
 def test_a_network_by_hand():
-    """One hidden unit tanh(observation[0] + 0.25), read with weights 1, -1, 0, 4, -4, 0 and one bias."""
+    """One hidden unit tanh(observation[0] + 0.25), read with weights 1, -1, 0, 4, -4, 0, 2, 0, 0, 0 and two biases."""
     hidden = np.zeros((1, OBSERVATION_SIZE), np.float32)
     hidden[0, 0] = 1.0
-    out = np.array([[1], [-1], [0], [4], [-4], [0]], np.float32)
-    bias = np.array([0, 0, 0.5, 0, 0, 0], np.float32)
+    out = np.array([[1], [-1], [0], [4], [-4], [0], [2], [0], [0], [0]], np.float32)
+    bias = np.array([0, 0, 0.5, 0, 0, 0, -1, 0, 0, -0.25], np.float32)
     policy = NetworkPolicy("hand", [(hidden, np.array([0.25], np.float32)), (out, bias)])
     observation = np.zeros(OBSERVATION_SIZE, np.float32)
     observation[0] = 0.5
     t = np.tanh(0.75)
-    assert policy.action(observation) == pytest.approx([t, -t, 0.5, 1.0, -1.0, 0.0], rel=1e-6)
+    by_hand = [t, -t, 0.5, 1.0, -1.0, 0.0, 2 * t - 1, 0.0, 0.0, -0.25]
+    assert policy.action(observation) == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_a_constant_policy_is_oocos_where_it_is_silent(records):
@@ -152,12 +153,13 @@ def test_a_manifest_that_is_none(saved, text):
         ({"format": 2}, ["format 2", "reads 1"]),
         ({"kind": "tree"}, ["kind 'tree'", "constant, network"]),
         ({"observation": list(OBSERVATION_NAMES[:-1])}, ["other observations or knobs"]),
+        ({"knob_names": list(KNOB_NAMES[:6])}, ["other observations or knobs"]),  # of an older contract
         ({"knob_names": list(KNOB_NAMES[::-1])}, ["other observations or knobs"]),
         ({"layers": 4}, ["weight_3"]),
         ({"layers": None}, ["not a saved policy"]),
         ({"rules": {"routing": 3}}, ["rule 'routing' is '3'"]),
         ({"rules": "none"}, ["not a saved policy"]),
-        ({"layers": 2}, ["16 outputs, 6 knobs"]),
+        ({"layers": 2}, ["16 outputs, 10 knobs"]),
         ({"kind": "constant", "knobs": {"gate": 1}}, ["unknown knob 'gate'"]),
         ({"kind": "constant", "knobs": {"gate_batch": 99}}, ["'gate_batch' is 99"]),
         ({"kind": "constant"}, ["knobs"]),

@@ -1,16 +1,22 @@
 """Preset files: where they are found, how numbers are read, and the sentence for a name that is not there."""
 
+from dataclasses import fields
+
 import pytest
 from omegaconf import OmegaConf
 
 from ooco_gym import presets
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import DEFAULT_PRESETS
+from ooco_gym.specs import ClusterSpec, FaultSpec
 
 
 def test_groups_and_names():
     assert {path.name for path in presets.conf_dir().iterdir() if path.is_dir()} >= set(DEFAULT_PRESETS)
-    assert presets.names("cluster") == ["1x3", "2x2", "3x1", "8x8"]
+    assert presets.names("cluster") == ["1x3", "2x2", "3x1", "8x8", "unified4"]
+    assert presets.names("slo") == ["loose", "medium", "tight", "two-classes"]
+    assert presets.names("faults") == ["none", "unreliable"]
+    assert {"llama-3.1-70b", "qwen2.5-7b", "qwen3-30b-a3b"} <= set(presets.names("model"))
     assert presets.names("nothing") == []
 
 
@@ -26,6 +32,14 @@ def test_every_preset_is_a_mapping_that_is_named_like_its_file(group):
     for name in presets.names(group):
         content = presets.load(group, name)
         assert content and content.get("name", name) == name
+
+
+def test_every_cluster_preset_names_every_field():
+    """So that any of them can be changed on the command line without a plus sign."""
+    for name in presets.names("cluster"):
+        assert list(presets.load("cluster", name)) == [field.name for field in fields(ClusterSpec)]
+    for name in presets.names("faults"):
+        assert list(presets.load("faults", name)) == [field.name for field in fields(FaultSpec)]
 
 
 def test_an_unknown_name_lists_the_known():

@@ -24,6 +24,7 @@ def clear_pieces(c, instance):
     state = c.instances[instance]
     state.piece_tokens = 0
     state.piece_offline_tokens = 0
+    state.online_pieces = 0
     state.piece_recomputed = 0
     state.piece_causal = 0.0
     state.piece_full = 0.0
@@ -55,6 +56,8 @@ def add_piece(c, instance, slot, tokens):
     state.piece_kv += past + tokens
     if record.online == NONE:
         state.piece_offline_tokens += tokens
+    else:
+        state.online_pieces += 1
     note(c, PIECE, instance, slot, tokens, past, 0, 0.0)
 
 
@@ -132,10 +135,11 @@ def batch_offline(c, instance):
 
 
 @kernel
-def next_by_arrival(c, instance, online_members):
-    """(whether there is one, whether it is offline, its context) of the head of both classes' queues by arrival."""
+def next_by_arrival(c, instance):
+    """(whether there is one, whether it is offline, its context) of the head of both classes' queues by arrival; here
+    the gate also counts the online members of the batch."""
     waiting = lists.first(c, instance, WAITING)
-    if offline_waits(c, instance) and gate_open(c, instance, online_members):
+    if offline_waits(c, instance) and gate_open(c, instance, c.instances[instance].online_pieces):
         context, since_s = peek_offline(c)
         if waiting == NONE or since_s < c.slots[waiting].arrival_s:
             return True, True, context
@@ -154,9 +158,8 @@ def take_by_arrival(c, instance, offline):
 @kernel
 def batch_fcfs(c, instance):
     """Both classes in one queue by arrival, in whole prompts, as a plain prefill instance would serve them."""
-    online_members = 0
     while True:
-        any_waits, offline, context = next_by_arrival(c, instance, online_members)
+        any_waits, offline, context = next_by_arrival(c, instance)
         if not any_waits or not _has_place(c, instance, context):
             return
         if free_blocks(c, instance) < blocks_for(c, context + 1):
@@ -164,4 +167,3 @@ def batch_fcfs(c, instance):
             return
         slot = take_by_arrival(c, instance, offline)
         add_piece(c, instance, slot, context)
-        online_members += 0 if offline else 1

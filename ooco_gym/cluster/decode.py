@@ -11,6 +11,7 @@ from ooco_gym.cluster.log import is_on
 from ooco_gym.cluster.prefill import complete_pieces
 from ooco_gym.cluster.queues import first_finish_step, schedule
 from ooco_gym.cluster.residents import complete_finished, drop_cancelled, grow, longest_context, select, unselect
+from ooco_gym.cluster.restore import may_restore
 from ooco_gym.cluster.rules import PULL_NONE, draining, mix_bound_s, mix_stride, tpot_slo_s
 from ooco_gym.cluster.run import (
     advance,
@@ -221,7 +222,8 @@ def start_run(c, instance, was_decoding):
         run_end = min(run_end, _first_pull_boundary(c, instance), _first_push_boundary(c, instance))
     state.activity = DECODING
     state.run_end = int(run_end)
-    if is_on(c):
+    # The log shows every iteration; what was checkpointed in this very decision may come back after the next one.
+    if is_on(c) or may_restore(c, instance):
         state.run_end = state.done + 1
     schedule(c, instance, boundary_s(state, state.run_end))
 

@@ -180,9 +180,8 @@ def add_fcfs(c, instance):
     """Both classes by arrival, as far as the iteration's tokens and the free KV go."""
     if not _continue_partial(c, instance, PARTIAL_ONLINE) or not _continue_partial(c, instance, PARTIAL_OFFLINE):
         return
-    online_members = 0
     while _has_seat(c, instance) and _tokens_left(c, instance) >= 1:
-        any_waits, offline, context = next_by_arrival(c, instance, online_members)
+        any_waits, offline, context = next_by_arrival(c, instance)
         if not any_waits:
             return
         if free_blocks(c, instance) < blocks_for(c, context + 1):
@@ -190,4 +189,3 @@ def add_fcfs(c, instance):
             return
         slot = take_by_arrival(c, instance, offline)
         add_piece(c, instance, slot, min(context, _tokens_left(c, instance)))
-        online_members += 0 if offline else 1

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.cluster.state import TBT_FIRST_S, TBT_RATIO, Cluster
+from ooco_gym.cluster.state import DECODING, TBT_FIRST_S, TBT_RATIO, Cluster
 from ooco_gym.scenario import Scenario
 
 FEASIBLE_VIOLATION_RATE = 0.03  # the paper's line
@@ -116,13 +116,23 @@ def _rates_by_class(
     return {entry.name: float(rate) for entry, rate in zip(classes, rates, strict=True)}
 
 
+def totals(cluster: Cluster) -> npt.NDArray[np.void]:
+    """The counters as of now, [1] WORLD, with the ended iterations of runs whose books are still open."""
+    world = cluster.world.copy()
+    for state in cluster.instances[cluster.instances["activity"] == DECODING]:
+        k, batch = int(state["done"]), int(state["anchor_batch"])
+        first_s = state["c0_s"] + state["c1_s"] * state["anchor_context"]
+        world["busy_s"] += k * first_s + state["c1_s"] * batch * 0.5 * k * (k - 1)
+    return world
+
+
 def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void]) -> Outcome:
-    """Outcome of a cluster that has been run to the scenario's horizon; ``at_warmup`` is its world record back then.
+    """Outcome of a cluster run to the scenario's horizon; ``at_warmup`` is what :func:`totals` gave back then.
 
     A counted request without a first token enters the TTFT quantiles with its wait so far, a lower bound, and is left
     out of TPOT; one without its last token enters TPOT with its pace so far.
     """
-    world, before = cluster.world[0], at_warmup[0]
+    world, before = totals(cluster)[0], at_warmup[0]
     since = {name: world[name] - before[name] for name in _SINCE_WARMUP}
     counted, ttft_late, late = online_violations(cluster, scenario)
     online = cluster.online[counted]

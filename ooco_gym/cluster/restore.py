@@ -17,8 +17,13 @@ from ooco_gym.cluster.state import CHECKPOINTS, NONE, RESTORE, RESTORES, STRICT
 
 
 @kernel
-def _may_restore(c, instance, context):
+def may_restore(c, instance):
+    """Whether the first checkpoint that waits here has room; False when none waits."""
+    slot = lists.first(c, instance, CHECKPOINTS)
+    if slot == NONE:
+        return False
     state = c.instances[instance]
+    context = c.slots[slot].context
     if state.role == STRICT:
         return state.used_blocks + blocks_for(c, context) <= c.world[0].knobs[PULL_KV] * state.kv_blocks
     return offline_fits(c, instance, context) and gate_open(c, instance, 0)
@@ -27,12 +32,9 @@ def _may_restore(c, instance, context):
 @kernel
 def start_restores(c, instance):
     """Reserve KV for the checkpoints that wait here, in order, and queue them on the host link."""
-    while lists.length(c, instance, CHECKPOINTS) > 0:
-        slot = lists.first(c, instance, CHECKPOINTS)
+    while may_restore(c, instance):
+        slot = pop_front(c, instance, CHECKPOINTS)
         record = c.slots[slot]
-        if not _may_restore(c, instance, record.context):
-            return
-        pop_front(c, instance, CHECKPOINTS)
         record.phase = RESTORE
         record.blocks = blocks_for(c, record.context)
         reserve(c, instance, slot, record.blocks)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ooco_gym.cluster.control import KNOB_COUNT, RULES, check_knobs, check_rules, ooco_knobs
 from ooco_gym.cluster.disruptions import disruptions
 from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run_many, set_knobs_many
-from ooco_gym.cluster.outcome import Outcome, measure
+from ooco_gym.cluster.outcome import Outcome, measure, totals
 from ooco_gym.cluster.queues import CLUSTER_SOURCES
 from ooco_gym.cluster.state import (
     EVENT,
@@ -75,7 +75,7 @@ class Simulator:
         if log:
             self.cluster = _with_more_log(self.cluster)
         prepare(self.cluster)
-        self._at_warmup = self.cluster.world.copy()
+        self._at_warmup = totals(self.cluster)
 
     @property
     def now_s(self) -> float:
@@ -87,7 +87,7 @@ class Simulator:
             raise OocoError(f"until_s is {until_s!r}, accepted is a finite time from now ({self.now_s:g} s) on")
         if self.now_s < self.scenario.warmup_s <= until_s:
             self._advance(self.scenario.warmup_s)
-            self._at_warmup = self.cluster.world.copy()
+            self._at_warmup = totals(self.cluster)
         self._advance(until_s)
 
     def _advance(self, until_s: float) -> None:

@@ -175,6 +175,7 @@ INSTANCE = np.dtype(
         # prefill pieces of the running iteration: what the cost model and the accounts need of them
         ("piece_tokens", np.int64),
         ("piece_offline_tokens", np.int64),
+        ("online_pieces", np.int64),
         ("piece_recomputed", np.int64),
         ("piece_causal", np.float64),
         ("piece_full", np.float64),

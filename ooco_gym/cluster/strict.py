@@ -63,10 +63,10 @@ def pull(c, instance):
         return
     if state.last_iteration_s >= pull_step_limit_s(c, instance):
         return
-    state.next_pull_s = world.now_s + world.pull_interval_s
     source = _next_source(c, instance)
     if source == NONE:
         return
+    state.next_pull_s = world.now_s + world.pull_interval_s
     state.pull_cursor = source
     free_tokens = free_blocks(c, instance) * world.block_tokens
     left = max(int(math.ceil(state.saturation_batch)) - batch_size(state), 1)

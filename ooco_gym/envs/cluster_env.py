@@ -27,7 +27,7 @@ _ONLY = np.zeros(1, np.int64)  # a batch of one
 class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     """A latency-strict and a latency-relaxed pool serve online requests under SLOs and offline requests at best effort.
 
-    **Action** ``Box(-1, 1, (6,), float32)``: the knobs of the Control contract in the order of
+    **Action** ``Box(-1, 1, (10,), float32)``: the knobs of the Control contract in the order of
     ``ooco_gym.cluster.KNOBS``, each mapped monotonically over its range (logarithmically where the range spans decades)
     with saturated margins. ``ooco_action()`` is the paper's scheduler.
 
@@ -40,9 +40,13 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     3     pull_kv           0 .. 1       pull offline decodes to a strict instance below this KV share
     4     pull_length       0.1 .. 10    scale on the preferred length of a pulled request
     5     kv_reserve        0 .. 0.8     share of relaxed KV kept free of offline work
+    6     prefill_chunk     128 .. 8192  most offline prompt tokens in one piece; the top is the whole prompt
+    7     strict_prefill    0 .. 4096    offline prompt tokens that ride on a strict iteration within tpot_bound
+    8     pushback          0.5 .. 1     move offline decodes back above this KV share of a strict instance
+    9     strict_share      -0.5 .. 0.5  offset on the configured share of strict instances
     ====  ================  ===========  ======================================================================
 
-    **Observation** ``Box(float32)``: 33 entries of Telemetry in units of the deployment (share of SLO, of B_sat, of
+    **Observation** ``Box(float32)``: 34 entries of Telemetry in units of the deployment (share of SLO, of B_sat, of
     capacity) and the previous action; docs/observation.md lists name, range, unit and live source of each.
 
     **Reward**: useful offline work of the interval in ideal seconds per instance-second, minus a price times the

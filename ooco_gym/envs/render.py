@@ -33,9 +33,10 @@ def render_text(telemetry: Telemetry) -> str:
         f"  decodes {t['strict_decodes_mean']:.0f}, paused {t['strict_paused_mean']:.0f}",
         f"            step    [{_bar(t['strict_batch_s_max'] / t['tpot_slo_s'])}] "
         f"{t['strict_batch_s_max'] * 1e3:.1f} ms of {t['tpot_slo_s'] * 1e3:.0f} ms TPOT",
-        "knobs       " + "  ".join(f"{name} {t[f'knob_{name}']:.2f}" for name in KNOB_NAMES[:3]),
-        "            " + "  ".join(f"{name} {t[f'knob_{name}']:.2f}" for name in KNOB_NAMES[3:]),
     ]
+    knobs = [f"{name} {t[f'knob_{name}']:.5g}" for name in KNOB_NAMES]
+    for first in range(0, len(knobs), 4):
+        lines.append(("knobs       " if first == 0 else " " * 12) + "  ".join(knobs[first : first + 4]))
     return "\n".join(lines)
 
 

@@ -63,6 +63,7 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
             raise OocoError(f"autoreset_mode is {autoreset_mode!r}, accepted are {accepted}") from None
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.num_envs = num_envs
+        self.render_mode = None
         self.reward = reward or IdealSeconds()
         low, high = observation_bounds()
         self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)

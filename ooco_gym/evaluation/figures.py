@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ooco_gym.cluster.control import KNOBS, Knob
 from ooco_gym.cluster.outcome import FEASIBLE_VIOLATION_RATE
@@ -92,7 +92,7 @@ def _knob_axis(axis: Axes, knob: Knob) -> None:
     if knob.log:
         axis.set_yscale("log")
         axis.set_ylim(knob.low / 1.2, knob.high * 1.2)
-        axis.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 1.0, 3.0, 10.0]))
+        axis.yaxis.set_major_locator(LogLocator(10.0, subs=(1.0, 3.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_locator(NullLocator())
     else:
@@ -104,8 +104,8 @@ def plot_learning(history: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Reward, validation outcome and knob means over training steps."""
     training = [entry for entry in history if "train/reward" in entry]
     validation = [entry for entry in history if "validation/violation_rate" in entry]
-    figure = _figure(11.0, 5.5)
-    axes = list(figure.subplots(2, 4).flat)
+    figure = _figure(11.0, 8.0)
+    axes = list(figure.subplots(3, 4).flat)
     steps = [entry["step"] / 1000 for entry in training]
     checked = [entry["step"] / 1000 for entry in validation]
     axes[0].plot(steps, [entry["train/reward"] for entry in training], color=colour("ppo"))
@@ -131,10 +131,10 @@ def plot_learning(history: Sequence[Mapping[str, float]], path: Path) -> Path:
 
 def plot_knobs(history: Sequence[Telemetry], path: Path) -> Path:
     """Knob trajectories of one episode beside the online prefill load that they answer to."""
-    figure = _figure(8.0, 8.0)
+    figure = _figure(8.0, 12.0)
     axes = figure.subplots(len(KNOBS) + 1, 1, sharex=True)
     times = [record["time_s"] for record in history]
-    load = [100 * record["arriving_prefill_10s"] / record["relaxed_instances"] for record in history]
+    load = [100 * record["arriving_prefill_10s"] / max(record["relaxed_instances"], 1.0) for record in history]
     axes[0].plot(times, load, color=colour("no-offline"))
     axes[0].set_ylabel("online prefill\nload, 10 s [%]", fontsize=7)
     axes[0].set_ylim(bottom=0.0)

@@ -23,11 +23,13 @@ from ooco_gym.envs import ClusterEnv
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import build_scenario
 
+FAILING = {"outages": [{"instance": 0, "at_s": 10, "for_s": 15}, {"instance": 3, "at_s": 20, "for_s": 5}]}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "observation.md"
 
 #: A record as a gateway would log it, and what a network must see of it, without any simulator.
 RECORDED = """{
   "time_s": 120.0, "scrape_age_s": 0.5, "relaxed_instances": 2, "strict_instances": 4,
+  "unavailable_instances": 1,
   "ttft_slo_s": 0.5, "tpot_slo_s": 0.05, "decode_floor_s": 0.0125, "mean_prefill_s": 0.1,
   "saturation_batch": 160,
   "queued_prefill_mean_s": 0.25, "queued_prefill_max_s": 0.4, "oldest_wait_s": 4.0,
@@ -42,7 +44,8 @@ RECORDED = """{
   "violation_rate_300s": 0.03125,
   "offline_backlog": 1e6, "offline_prompt_mean_tokens": 4096, "offline_output_mean_tokens": 384,
   "knob_preempt_slack": 0.0, "knob_gate_batch": 8.0, "knob_tpot_bound": 0.75, "knob_pull_kv": 0.75,
-  "knob_pull_length": 1.0, "knob_kv_reserve": 0.2
+  "knob_pull_length": 1.0, "knob_kv_reserve": 0.2,
+  "knob_prefill_chunk": 1024.0, "knob_strict_prefill": 1024.0, "knob_pushback": 1.0, "knob_strict_share": 0.25
 }"""
 SEEN = [
     *(0.5, 0.8, 5.0),  # queue and wait over the TTFT SLO; 4 s over 0.5 s is clipped at 5
@@ -52,8 +55,9 @@ SEEN = [
     *(1.5, 0.5, 0.25),  # prefill load per relaxed instance
     *(0.5, 0.5, 1.0, 0.03125),  # lengths, violations
     *(10.0, 2.0, 0.75),  # offline: an endless backlog is clipped at 10
-    *(0.25, 0.5, 2.0, 1.0, 0.5),  # deployment
+    *(0.25, 0.5, 0.125, 2.0, 1.0, 0.5),  # deployment, one instance of it down
     *(-0.95, 0.95, 0.0, 0.45, 0.0, -0.45),  # the action that gives the knobs in force
+    *(0.0, -0.45, 0.95, 0.45),
 ]
 
 
@@ -78,8 +82,13 @@ def test_entries_stay_in_their_bounds_under_random_actions():
     low, high = observation_bounds()
     rng = np.random.default_rng(0)
     seen = []
-    for workload, slo, rate_scale in (("azure-conv", "tight", 6.0), ("deepseek-r1", "medium", 1.0)):
-        scenario = build_scenario({"workload": workload, "slo": slo, "episode_s": 60, "warmup_s": 0})
+    for config, rate_scale in (
+        ({"workload": "azure-conv", "slo": "tight"}, 6.0),
+        ({"workload": "deepseek-r1", "slo": "two-classes"}, 1.0),
+        ({"cluster": {"relaxed": 1, "strict": 1, "unified": 2}, "faults": FAILING}, 1.0),
+        ({"cluster": "unified4"}, 1.0),
+    ):
+        scenario = build_scenario({"episode_s": 60, "warmup_s": 0} | config)
         simulator = Simulator(scenario.with_rate_scale(rate_scale), {}, 4)
         for second in range(60):
             simulator.set_knobs(action_to_knobs(rng.uniform(-1, 1, KNOB_COUNT)))
@@ -88,7 +97,22 @@ def test_entries_stay_in_their_bounds_under_random_actions():
     seen = np.array(seen)
     assert ((seen >= low) & (seen <= high)).all()
     constant = {name for name, column in zip(OBSERVATION_NAMES, seen.T, strict=True) if np.ptp(column) == 0}
-    assert constant <= {"offline_backlog", "relaxed_instances", "strict_instances", "strict_per_relaxed"}
+    assert constant <= {"offline_backlog"}
+
+
+def test_a_cluster_without_any_relaxed_instance_up_has_an_observation():
+    """Loads per relaxed instance are at their tops while there is load; nothing divides by zero."""
+    low, high = observation_bounds()
+    faults = {"outages": [{"instance": 0, "at_s": 10, "for_s": 60}]}
+    scenario = build_scenario({"cluster": "1x3", "episode_s": 40, "warmup_s": 0, "faults": faults})
+    simulator = Simulator(scenario, {}, 1)
+    simulator.run(30.0)
+    seen = observe(simulator.telemetry())
+    named = dict(zip(OBSERVATION_NAMES, seen.tolist(), strict=True))
+    assert ((seen >= low) & (seen <= high)).all()
+    assert (named["relaxed_instances"], named["strict_instances"], named["unavailable_instances"]) == (0, 0.375, 0.125)
+    assert named["prefill_load_10s"] == 5.0 and named["strict_per_relaxed"] == 8.0
+    assert named["oldest_wait"] == 5.0  # routed to the instance that is down, where it waits (35, 48)
 
 
 KNOB_VECTORS = st.tuples(*(st.floats(knob.low, knob.high) for knob in KNOBS)).map(list)
@@ -140,3 +164,4 @@ def test_the_environments_docstring_counts_the_entries():
     assert int(re.search(r"(\d+) entries of Telemetry", ClusterEnv.__doc__)[1]) == len(ENTRIES)
     for index, knob in enumerate(KNOBS):
         assert re.search(rf"{index} +{knob.name} +{knob.low:g} \.\. {knob.high:g} ", ClusterEnv.__doc__)
+    assert f"Box(-1, 1, ({KNOB_COUNT},), float32)" in ClusterEnv.__doc__

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ooco_gym.cluster.simulator import Simulator
-from ooco_gym.scenario import ClusterSpec, CostSpec, Scenario, SloSpec
+from ooco_gym.scenario import Scenario
+from ooco_gym.specs import ClusterSpec, CostSpec, SloSpec
 from ooco_gym.workload import OfflineJobs, Requests
 from tests.reference import Reference
 from tests.reference.cases import HARDWARE, MODEL, Given
@@ -45,13 +46,13 @@ def toy() -> Simulator:
         warmup_s=0.0,
     )
     simulator = Simulator(scenario)
-    for cost in (simulator.cluster.true_cost, simulator.cluster.scheduler_cost):
-        for name in cost.dtype.names:
-            cost[name] = 0.0
-        cost["layers"] = 10
-        cost["layer_fixed_s"] = 1 * MS
-        cost["token_s"] = 0.0009 * MS  # with the next line 0.001 ms per prompt token and layer
-        cost["kv_s"] = 0.0001 * MS
+    costs = simulator.cluster.costs  # of both instances and both clocks
+    for name in costs.dtype.names:
+        costs[name] = 0.0
+    costs["layers"] = 10
+    costs["layer_fixed_s"] = 1 * MS
+    costs["token_s"] = 0.0009 * MS  # with the next line 0.001 ms per prompt token and layer
+    costs["kv_s"] = 0.0001 * MS
     simulator.cluster.instances["kv_blocks"][:] = 2000
     simulator.cluster.instances["saturation_batch"][:] = 1.0
     return simulator
@@ -65,14 +66,14 @@ class Kernel:
         self.run = simulator.run
 
     def first_ms(self, index: int) -> float:
-        return self.simulator.cluster.online_first_s[index] / MS
+        return self.simulator.cluster.online["first_s"][index] / MS
 
     def finish_ms(self, index: int) -> float:
-        return self.simulator.cluster.online_finish_s[index] / MS
+        return self.simulator.cluster.online["finish_s"][index] / MS
 
     def counters(self) -> dict[str, float]:
         world = self.simulator.cluster.world[0]
-        return {name: world[name].item() for name in world.dtype.names}
+        return {name: world[name].item() for name in world.dtype.names if world[name].ndim == 0}
 
 
 class Plain(Reference):

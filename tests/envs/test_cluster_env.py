@@ -15,6 +15,7 @@ import ooco_gym  # noqa: F401  registers the environment
 from baselines import load
 from ooco_gym.cluster import Simulator, observe, ooco_action
 from ooco_gym.cluster.control import KNOB_COUNT, RULES
+from ooco_gym.cluster.observation import OBSERVATION_SIZE
 from ooco_gym.envs import ClusterEnv, IdealSeconds, Interval
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import build_scenario
@@ -96,7 +97,7 @@ def test_gym_make_imports_the_package_in_a_fresh_process():
     program = "import gymnasium; print(gymnasium.make('ooco_gym:OOCO/Cluster-v0').observation_space.shape[0])"
     command = [sys.executable, "-W", "error::UserWarning", "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "39"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, str(OBSERVATION_SIZE)), done.stderr
 
 
 # Determinism.
@@ -188,7 +189,7 @@ def test_the_action_is_seen_as_the_previous_action():
     env = ClusterEnv(SHORT)
     start, _ = env.reset(seed=0)
     assert start[-KNOB_COUNT:] == pytest.approx(ooco_action(), abs=1e-6)  # warm-up runs under OOCO
-    action = np.array([0.1, -0.2, 0.3, -0.4, 0.5, -0.6], np.float32)
+    action = np.array([0.1, -0.2, 0.3, -0.4, 0.5, -0.6, 0.7, -0.8, 0.2, -0.3], np.float32)
     assert env.step(action)[0][-KNOB_COUNT:] == pytest.approx(action, abs=1e-6)
 
 
@@ -209,8 +210,8 @@ def test_scripted_ooco_is_the_ooco_baseline():
     assert {k: v for k, v in info["outcome"].items() if k != "events"} == {
         k: v for k, v in outcome.items() if k != "events"
     }
-    for name in ("online_first_s", "online_finish_s"):
-        there, here = (getattr(s.cluster, name) for s in (env.simulator, simulator))
+    for name in ("first_s", "finish_s"):
+        there, here = (s.cluster.online[name] for s in (env.simulator, simulator))
         assert there == pytest.approx(here, rel=1e-12)
 
 
@@ -219,6 +220,23 @@ def test_rules_reach_the_cluster():
     env = ClusterEnv(SHORT, rules=rules)
     env.reset()
     assert env.rules == env.simulator.rules == rules
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"cluster": "unified4"},
+        {"cluster": {"relaxed": 1, "strict": 1, "unified": 1}, "slo": "two-classes"},
+        {"faults": {"outages": [{"instance": 0, "at_s": 3.5, "for_s": 3.0}], "cancel_share": 0.5}},
+    ],
+    ids=["unified", "all three roles", "failing"],
+)
+def test_every_kind_of_cluster_can_be_played(config):
+    env = ClusterEnv(SHORT | config)
+    observations, rewards, infos = played(env, seed=3)
+    assert all(env.observation_space.contains(observation) for observation in observations)
+    assert np.isfinite(rewards).all() and infos[-1]["outcome"]["online_requests"] > 0
+    assert infos[-1]["outcome"]["failures"] == ("faults" in config)
 
 
 def test_an_action_beyond_the_bounds_saturates():
@@ -253,6 +271,23 @@ def test_a_restored_state_replays_the_same_bits():
         assert np.array_equal(env.restore(state), seen)
         again = [env.step(action)[:2] for action in actions[4:8]]
         assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first, again, strict=True))
+
+
+def test_a_restored_state_replays_failures_and_cancellations():
+    """Taken while one instance is down, two requests classes are about and clients go away."""
+    faults = {"outages": [{"instance": 1, "at_s": 2.5, "for_s": 2.0}], "cancel_share": 0.3, "cancel_after_s": 1.0}
+    env = ClusterEnv(SHORT | {"faults": faults, "slo": "two-classes"}, control_interval_s=0.5)
+    env.reset(seed=5)
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, KNOB_COUNT))
+    for action in actions[:2]:
+        env.step(action)
+    state = env.state()
+    assert env.telemetry()["unavailable_instances"] >= 1
+    first = [env.step(action) for action in actions[2:]]
+    env.restore(state)
+    again = [env.step(action) for action in actions[2:]]
+    assert all(np.array_equal(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(first, again, strict=True))
+    assert first[-1][4]["outcome"]["cancelled"] > 0
 
 
 def test_a_state_of_another_episode_is_refused():
