@@ -183,7 +183,6 @@ EVENTS = (
     "no relaxed instance to pull from",
     "pushback",
     "no KV for pushback",
-    "no relaxed instance to push to",
     # evictions and checkpoints
     "eviction of held (relaxed)",
     "eviction of offline (relaxed)",
@@ -211,7 +210,6 @@ EVENTS = (
     "routed anew",
     "routed to an instance that is down",
     "cancelled waiting",
-    "cancelled partial",
     "cancelled running",
     "cancelled held",
     "cancelled in transfer",

@@ -201,6 +201,14 @@ def _roles_stay(vector: tuple[float, ...]) -> tuple[float, ...]:
     return (*vector[:share], 0.0, *vector[share + 1 :])
 
 
+def _chunking() -> st.SearchStrategy[tuple[float, ...]]:
+    """Small pieces of prompts on either pool, and offline work enough to fill the caches."""
+    telling = {name: st.sampled_from(TELLING[name]) for name in ("prefill_chunk", "strict_prefill")}
+    telling |= {"gate_batch": st.sampled_from([2.0, 8.0]), "pull_kv": st.sampled_from([0.9, 1.0])}
+    usual = zip(KNOB_NAMES, ooco_knobs().tolist(), strict=True)
+    return st.tuples(*(telling.get(name, st.just(value)) for name, value in usual))
+
+
 def _outages(instances: int, horizon_s: float) -> st.SearchStrategy[tuple[tuple[int, float, float], ...]]:
     """On the grids of the arrivals, so that they tie with them and with one another."""
     steps = st.integers(0, max(int(horizon_s / 0.05) - 1, 0)).map(lambda n: n * 0.05)
@@ -221,12 +229,14 @@ def cases(draw: st.DrawFn) -> Case:
         relaxed, strict, unified = 0, 0, max(unified, 1)
     instances = relaxed + strict + unified
     disrupted = draw(st.booleans())
-    failing, cancelling, changing = (disrupted and draw(st.booleans()) for _ in range(3))
+    failing, cancelling, changing = (disrupted and draw(pick([True, True, False])) for _ in range(3))
     block = draw(st.integers(1, 16))
-    prompt_max, output_max = draw(pick([20, 100, 300, 300, 1500])), draw(pick([4, 30, 60, 100, 200]))
-    # room for about 1 to 6 of the longest requests of each pool; the smallest one rejects a few
+    chunking = draw(st.booleans())
+    prompt_max = draw(pick([300, 1500] if chunking else [20, 100, 300]))
+    output_max = draw(pick([4, 30, 60, 100, 200]))
+    # room for about 1 to 6 (2) of the longest requests of each pool; the smallest one rejects a few
     longest = (prompt_max + output_max) // block + 1
-    blocks = st.integers(longest * 7, longest * 60).map(lambda tenths: max(tenths // 10, 2))
+    blocks = st.integers(longest * 7, longest * (20 if chunking else 60)).map(lambda tenths: max(tenths // 10, 2))
     # a second change of roles comes 10 s after the first
     long = changing and draw(st.booleans())
     horizon_s = draw(pick([12.0, 25.0])) if long else draw(pick([1.0, 3.0, 6.0]))
@@ -259,7 +269,8 @@ def cases(draw: st.DrawFn) -> Case:
         cancel_share=0.3 if cancelling else 0.0,
         cancel_after_s=draw(pick([0.01, 0.1, 0.5])) if cancelling else 0.5,
         rules=tuple(draw(pick(choices)) for choices in RULES.values()),
-        knobs=tuple(draw(st.lists(st.tuples(times, vectors), max_size=4))),
+        knobs=(((0.0, draw(_chunking())),) if chunking else ())
+        + tuple(draw(st.lists(st.tuples(times, vectors), max_size=1 if chunking else 4))),
         online=draw(st.integers(0, 30 if long else 100)),
         online_per_s=draw(pick([3.0, 10.0] if long else [3.0, 10.0, 40.0])),
         offline_kind=draw(pick(["poisson", "jobs", "none"] if long else ["endless", "poisson", "jobs", "none"])),
