@@ -292,7 +292,7 @@ class Look:
         return self.rules["mix_selection"] == "exact" and alone_s > bound_s
 
     def nothing_to_restore(self) -> bool:
-        """(44)"""
+        """(44) Neither while someone waits who would evict it again."""
         slot = self.first(CHECKPOINTS)
         if slot is None or any(self.count(which) for which in (WAITING, INBOUND_ONLINE, INBOUND_OFFLINE)):
             return True
@@ -300,12 +300,6 @@ class Look:
         if self.state["role"] == STRICT:
             return after > self.knobs["pull_kv"] * self.kv
         return after > self.unreserved() or not self.gate_open()
-
-    def left_room(self) -> bool:
-        """An online request waits for more room than offline work could give it. What gave way in that decision may be
-        checkpointed here, with room to be restored; it is, at the next decision."""
-        gives_way = self.rules["eviction"] == "offline_first" and self.rules["prefill_order"] == "online_first"
-        return gives_way and self.first(WAITING) is not None
 
     def nothing_by_arrival(self) -> bool:
         """(13) The earlier of the heads of both queues finds no free KV."""
@@ -318,7 +312,7 @@ class Look:
 def assert_relaxed_has_reason(look: Look) -> None:
     assert look.count(OFFLINE_DECODES) == look.count(ONLINE_DECODES) == 0, "its own decodes"
     assert look.count(PARTIAL_OFFLINE) == look.count(PARTIAL_ONLINE) == 0, "a prefill that has begun"
-    assert look.left_room() or look.nothing_to_restore(), "a checkpoint"
+    assert look.nothing_to_restore(), "a checkpoint"
     if look.rules["prefill_order"] == "fcfs":
         assert look.nothing_by_arrival(), "the first request of both classes"
         return
@@ -353,7 +347,7 @@ def assert_unified_has_reason(look: Look) -> None:
     if look.rules["mix_selection"] != "all" and look.count(ONLINE_DECODES):
         bound_s = look.knobs["tpot_bound"] * look.tpot_slo_s()
     assert look.nothing_selected(bound_s), "its own decodes"
-    assert look.left_room() or look.nothing_to_restore(), "a checkpoint"
+    assert look.nothing_to_restore(), "a checkpoint"
     assert look.count(PARTIAL_ONLINE) == 0, "an online prefill that has begun"
     seated = sum(look.count(which) for which in (ONLINE_DECODES, OFFLINE_DECODES, PARTIAL_OFFLINE))
     seat = seated < look.case.max_seqs

@@ -84,15 +84,8 @@ def test_the_outcome_is_counted_again_from_the_log(logged):
     _, simulator = logged
     again = recount(simulator.log(), simulator.scenario)
     assert set(asdict(simulator.outcome())) - set(again) == {"events"}
-    again.pop("wasted_fraction")
     assert differences(simulator.outcome(), again) == []
     assert again["online_requests"] > 100 and again["iterations"] > 1000  # or this would say little
-
-
-def test_the_wasted_share_of_busy_seconds_is_counted_again_from_the_log(logged):
-    _, simulator = logged
-    again = recount(simulator.log(), simulator.scenario)["wasted_fraction"]
-    assert differences(simulator.outcome(), {"wasted_fraction": again}) == []
 
 
 @given(case=cases())
@@ -104,8 +97,7 @@ def test_small_clusters_under_every_rule_are_counted_again(case):
         if knobs is not None:
             simulator.set_knobs(knobs)
     again = recount(simulator.log(), simulator.scenario)
-    for metric in ("wasted_fraction", "rejected_offline"):
-        again.pop(metric)
+    again.pop("rejected_offline")  # an offline request that is passed over last of all leaves no gap in the log
     assert differences(simulator.outcome(), again) == []
 
 
