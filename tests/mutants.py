@@ -107,7 +107,7 @@ def run(mutant: Mutant) -> str | None:
             "no:cacheprovider",
         ]
         result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
         if result.returncode not in (0, 1):
             sys.exit(f"mutant '{mutant.name}' could not be tested:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
         return failed.group(1) if failed else None
