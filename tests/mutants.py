@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,8 +128,8 @@ def main() -> int:
         with console.status(f"{mutant.name}: {mutant.sentence}"):
             caught = run(mutant)
         survivors += caught is None
-        console.print(f"{mutant.name}: {caught or '[red]survived[/red]'}")
-        table.add_row(mutant.name, mutant.sentence, caught or "[red]nothing[/red]")
+        console.print(f"{mutant.name}: {escape(caught) if caught else "[red]survived[/red]"}")
+        table.add_row(mutant.name, mutant.sentence, escape(caught) if caught else "[red]nothing[/red]")
     console.print(table)
     return 1 if survivors else 0
 
