@@ -128,8 +128,9 @@ def main() -> int:
         with console.status(f"{mutant.name}: {mutant.sentence}"):
             caught = run(mutant)
         survivors += caught is None
-        console.print(f"{mutant.name}: {escape(caught) if caught else "[red]survived[/red]"}")
-        table.add_row(mutant.name, mutant.sentence, escape(caught) if caught else "[red]nothing[/red]")
+        shown = escape(caught) if caught else "[red]nothing: it survived[/red]"
+        console.print(f"{mutant.name}: {shown}")
+        table.add_row(mutant.name, mutant.sentence, shown)
     console.print(table)
     return 1 if survivors else 0
 
