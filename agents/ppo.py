@@ -30,8 +30,8 @@ class PpoConfig:
 
     name: str = "ppo"
     total_steps: int = 200_000  # environment steps over all environments
-    environments: int = 8
-    n_steps: int = 128  # per environment and update
+    environments: int = 32
+    n_steps: int = 32  # per environment and update
     batch_size: int = 256
     n_epochs: int = 4
     learning_rate: float = 1e-3

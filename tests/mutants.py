@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +108,7 @@ def run(mutant: Mutant) -> str | None:
             "no:cacheprovider",
         ]
         result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
         if result.returncode not in (0, 1):
             sys.exit(f"mutant '{mutant.name}' could not be tested:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
         return failed.group(1) if failed else None
@@ -127,8 +128,9 @@ def main() -> int:
         with console.status(f"{mutant.name}: {mutant.sentence}"):
             caught = run(mutant)
         survivors += caught is None
-        console.print(f"{mutant.name}: {caught or '[red]survived[/red]'}")
-        table.add_row(mutant.name, mutant.sentence, caught or "[red]nothing[/red]")
+        shown = escape(caught) if caught else "[red]nothing: it survived[/red]"
+        console.print(f"{mutant.name}: {shown}")
+        table.add_row(mutant.name, mutant.sentence, shown)
     console.print(table)
     return 1 if survivors else 0
 

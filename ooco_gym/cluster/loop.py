@@ -163,6 +163,7 @@ def _run(c, until_s):
         if c.log.shape[0] > 0 and c.log.shape[0] - world.logged < room:
             return NEEDS_LOG
         world.now_s = time_s
+        world.acting = source
         world.events += 1
         if source < instances:
             _decide(c, source)
@@ -179,6 +180,7 @@ def _run(c, until_s):
         else:
             begin_role_change(c)
     world.now_s = until_s
+    world.acting = 3 * instances + CLUSTER_SOURCES  # a stop comes after every event of its instant
     for instance in range(instances):
         advance_to_time(c, instance, until_s)
     _judge_deadlines(c)
@@ -256,6 +258,7 @@ def _set_knobs(c, knobs):
 def prepare(c):
     """Give a freshly filled cluster its first events."""
     world = c.world[0]
+    world.acting = 3 * world.instances + CLUSTER_SOURCES
     leaves = c.queue.shape[0] // 2
     sources = 3 * world.instances + CLUSTER_SOURCES
     for index in range(c.queue.shape[0]):

@@ -86,6 +86,20 @@ def boundary_after(state, time_s):
 
 
 @kernel
+def ended_by(c, instance, time_s):
+    """Iterations since the anchor that have ended at ``time_s``.
+
+    One that ends at that very instant has, unless the event now running is the boundary of a lower instance: equal
+    times go by index.
+    """
+    state = c.instances[instance]
+    k = boundary_after(state, time_s) - 1
+    if c.world[0].acting < instance and k > state.done and boundary_s(state, k) == time_s:
+        k -= 1
+    return k
+
+
+@kernel
 def blocks_for(c, tokens):
     block = c.world[0].block_tokens
     return (tokens + block - 1) // block
@@ -218,14 +232,14 @@ def advance_to_time(c, instance, time_s):
     """Account every iteration that has ended by ``time_s``."""
     state = c.instances[instance]
     if state.activity == DECODING:
-        advance(c, instance, min(boundary_after(state, time_s) - 1, state.run_end))
+        advance(c, instance, min(ended_by(c, instance, time_s), state.run_end))
 
 
 @kernel
 def cut(c, instance, time_s):
-    """Make the next iteration boundary after ``time_s`` a decision; a no-op when one is due by then."""
+    """Make the next iteration boundary to come at ``time_s`` a decision; a no-op when one is due by then."""
     state = c.instances[instance]
-    k = boundary_after(state, time_s)
+    k = ended_by(c, instance, time_s) + 1
     if k < state.run_end:
         advance(c, instance, k - 1)
         state.run_end = k

@@ -59,6 +59,7 @@ WORLD = np.dtype(
     [
         # clock and counts, owned by the event loop
         ("now_s", np.float64),
+        ("acting", np.int64),  # source of the event that is running
         ("instances", np.int64),
         ("relaxed", np.int64),  # as configured; roles may change
         ("strict", np.int64),

@@ -28,15 +28,14 @@ from ooco_gym.roofline.cost import decode_affine
 
 
 @kernel
-def preferred_length(c, instance, free_tokens, left):
+def preferred_length(c, instance, batch, context, free_tokens, left):
     """L*: the longest context such that ``left`` more sequences of it exhaust either the TPOT slack or the free KV.
 
     Closed form min(free / left, (bound - c0(batch + left) - c1 sum) / (c1 left)); below 1 there is no such length.
     """
-    state = c.instances[instance]
     bound_s = PULL_TARGET_RATIO * c.world[0].knobs[TPOT_BOUND] * tpot_slo_s(c, instance)
-    c0, c1 = decode_affine(c.costs[instance, SCHEDULER_COST], float(batch_size(state) + left))
-    by_time = (bound_s - c0 - c1 * batch_context(state)) / (c1 * left)
+    c0, c1 = decode_affine(c.costs[instance, SCHEDULER_COST], float(batch + left))
+    by_time = (bound_s - c0 - c1 * context) / (c1 * left)
     return min(by_time, float(free_tokens // left))
 
 
@@ -53,7 +52,7 @@ def _next_source(c, instance):
 
 
 @kernel
-def pull(c, instance):
+def pull(c, instance, was_decoding):
     """Ask one relaxed instance, in turn, for the offline decode closest to the preferred length."""
     world = c.world[0]
     state = c.instances[instance]
@@ -69,8 +68,10 @@ def pull(c, instance):
     state.next_pull_s = world.now_s + world.pull_interval_s
     state.pull_cursor = source
     free_tokens = free_blocks(c, instance) * world.block_tokens
-    left = max(int(math.ceil(state.saturation_batch)) - batch_size(state), 1)
-    length = preferred_length(c, instance, free_tokens, left)
+    batch = batch_size(state) if was_decoding else 0
+    context = batch_context(state) if was_decoding else 0
+    left = max(int(math.ceil(state.saturation_batch)) - batch, 1)
+    length = preferred_length(c, instance, batch, context, free_tokens, left)
     if length < 1.0:
         return
     length = math.floor(length) * c.world[0].knobs[PULL_LENGTH]
@@ -132,7 +133,7 @@ def choose_strict(c, instance, was_decoding):
     if not was_decoding:
         state.last_iteration_s = 0.0
     admit_inbound(c, instance)
-    pull(c, instance)
+    pull(c, instance, was_decoding)
     start_restores(c, instance)
     push_back_offline(c, instance)
     mix_selection(c, instance)
