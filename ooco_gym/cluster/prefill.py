@@ -10,7 +10,16 @@ from ooco_gym.cluster.batching import clear_pieces
 from ooco_gym.cluster.lists import push_front, remove
 from ooco_gym.cluster.log import INTERRUPTED, ITERATION_END, PREFILLED, note, note_request
 from ooco_gym.cluster.queues import schedule
-from ooco_gym.cluster.residents import finish, first_token, free_slot, join, partial_list, release, requeue, wake_takers
+from ooco_gym.cluster.residents import (
+    finish,
+    first_token,
+    free_slot,
+    join,
+    partial_list,
+    release,
+    return_to_backlog,
+    wake_takers,
+)
 from ooco_gym.cluster.rules import CHUNK, DECODE_STRICT
 from ooco_gym.cluster.run import batch_noise, tbt_bin
 from ooco_gym.cluster.state import BATCH, NONE, PARTIAL, PREFILLING_OFFLINE, RELAXED, SCHEDULER_COST, TRUE_COST
@@ -77,7 +86,7 @@ def _lose_batch(c, instance):
         else:
             c.slots[slot].computed = max(c.slots[slot].computed, c.slots[slot].done)
             release(c, instance, slot)
-            requeue(c, slot)
+            return_to_backlog(c, slot)
     wake_takers(c)
 
 

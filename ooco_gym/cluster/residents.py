@@ -358,13 +358,20 @@ def enqueue_online(c, slot, at_head):
 @kernel
 def requeue(c, slot):
     """Send a request that lost its KV back to the head of its queue, to be recomputed."""
-    c.slots[slot].done = 0
     if c.slots[slot].online == NONE:
-        c.slots[slot].phase = QUEUED
-        push_front(c, c.world[0].instances, REQUEUED, slot)
+        return_to_backlog(c, slot)
         wake_takers(c)
     else:
+        c.slots[slot].done = 0
         enqueue_online(c, slot, True)
+
+
+@kernel
+def return_to_backlog(c, slot):
+    """Put an offline request at the head of the backlog; the caller wakes its takers."""
+    c.slots[slot].done = 0
+    c.slots[slot].phase = QUEUED
+    push_front(c, c.world[0].instances, REQUEUED, slot)
 
 
 @kernel
