@@ -5,8 +5,8 @@
     python experiments/speed.py --dynosim           beside DynoSim on the same requests (sets up its own environment)
 
 Each case runs in a process of its own, on one core, `--repeats` times after one run that is not counted; the table
-shows medians. An *iteration* is what an engine would execute; *executed* are the events of the simulator, of which a run
-of unchanged decode iterations is one. results.json goes to `--out`.
+shows medians. An *iteration* is what an engine would execute; *executed* are the events of the simulator, of which a
+run of unchanged decode iterations is one. results.json goes to `--out`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.lists import pop_front
+from ooco_gym.cluster.log import REJECTED, note
 from ooco_gym.cluster.residents import wake
 from ooco_gym.cluster.rules import ADMIT_NONE, ADMIT_UNIFIED, draining
 from ooco_gym.cluster.run import blocks_for
@@ -30,6 +31,7 @@ def _offline_job_waits(c):
         row = world.offline_taken % world.offline_jobs
         if fits_anywhere(c, c.offline[row].prompt, c.offline[row].output):
             return True
+        note(c, REJECTED, NONE, NONE, row, 0, 1, 0.0)
         world.offline_taken += 1
         world.rejected_offline += 1
     return False

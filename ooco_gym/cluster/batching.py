@@ -121,6 +121,8 @@ def batch_offline(c, instance):
             return
         pop_front(c, instance, PARTIAL_OFFLINE)
         add_piece(c, instance, slot, piece)
+    if lists.length(c, instance, WAITING) > 0:
+        return  # for want of KV, of which the backlog would take more
     while offline_waits(c, instance) and gate_open(c, instance, 0):
         context, _ = peek_offline(c)
         piece = int(min(float(context), limit - state.piece_tokens))

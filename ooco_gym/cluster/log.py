@@ -12,7 +12,7 @@ from ooco_gym.cluster.state import NONE
 #: Kinds of events: (name, what its numbers a, b, d and ``seconds`` mean). ``instance`` is where it happens.
 EVENTS: tuple[tuple[str, str], ...] = (
     ("arrival", "an online request arrives; a: prompt, b: output tokens, d: SLO class"),
-    ("rejected", "it fits no instance"),
+    ("rejected", "a request fits no instance; a: its row, d: 1 for an offline job"),
     ("routed", "it joins the waiting queue of an instance, at its arrival or anew after it lost its KV"),
     ("piece", "a piece of a prefill joins the batch being formed; a: its tokens, b: tokens done before"),
     ("iteration", "an iteration ends; a: decodes, b: tokens prefilled, d: of them again, seconds: its duration"),

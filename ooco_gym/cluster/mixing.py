@@ -8,6 +8,7 @@ from ooco_gym._jit import kernel
 from ooco_gym.cluster import lists
 from ooco_gym.cluster.backlog import offline_waits, peek_offline, take_offline
 from ooco_gym.cluster.batching import (
+    SHORTEST_PIECE_TOKENS,
     add_piece,
     begin_prefill,
     chunk_limit,
@@ -73,17 +74,20 @@ def add_strict_prefill(c, instance):
     state = c.instances[instance]
     budget = int(math.floor(c.world[0].knobs[STRICT_PREFILL]))
     bound_s = mix_bound_s(c, instance)
+    begun = max(budget, SHORTEST_PIECE_TOKENS)  # what has begun goes on, or it would hold its KV for ever
     while lists.length(c, instance, PARTIAL_OFFLINE) > 0:
         if lists.length(c, instance, BATCH) == world.max_seqs:
             return
         slot = lists.first(c, instance, PARTIAL_OFFLINE)
         past = c.slots[slot].done
         left = c.slots[slot].context - past
-        piece = largest_piece(c, instance, past, min(left, budget - state.piece_tokens), bound_s)
+        piece = largest_piece(c, instance, past, min(left, begun - state.piece_tokens), bound_s)
         if too_short(piece, left):
             return
         pop_front(c, instance, PARTIAL_OFFLINE)
         add_piece(c, instance, slot, piece)
+    if budget < 1:
+        return
     while lists.length(c, instance, BATCH) < world.max_seqs and offline_waits(c, instance):
         context, _ = peek_offline(c)
         piece = largest_piece(c, instance, 0, min(context, budget - state.piece_tokens), bound_s)

@@ -36,9 +36,10 @@ def may_restore(c, instance):
             return False
     state = c.instances[instance]
     context = c.slots[slot].context
+    empty = state.used_blocks == 0  # where it must fit, whatever the knobs keep free
     if state.role == STRICT:
-        return state.used_blocks + blocks_for(c, context) <= c.world[0].knobs[PULL_KV] * state.kv_blocks
-    return offline_fits(c, instance, context) and gate_open(c, instance, 0)
+        return empty or state.used_blocks + blocks_for(c, context) <= c.world[0].knobs[PULL_KV] * state.kv_blocks
+    return (empty or offline_fits(c, instance, context)) and gate_open(c, instance, 0)
 
 
 @kernel

@@ -22,7 +22,7 @@ from ooco_gym.cluster.residents import context_now, free_blocks, leave, wake
 from ooco_gym.cluster.restore import start_restores
 from ooco_gym.cluster.rules import PULL_NONE, draining, migration_score, tpot_slo_s, unavailability
 from ooco_gym.cluster.run import advance_to_time, blocks_for
-from ooco_gym.cluster.state import DOWN, NONE, OFFLINE_DECODES, RELAXED, SCHEDULER_COST
+from ooco_gym.cluster.state import DOWN, NONE, OFFLINE_DECODES, PARTIAL_OFFLINE, RELAXED, SCHEDULER_COST
 from ooco_gym.cluster.transfer import admit_inbound, start_transfer
 from ooco_gym.roofline.cost import decode_affine
 
@@ -137,7 +137,7 @@ def choose_strict(c, instance, was_decoding):
     start_restores(c, instance)
     push_back_offline(c, instance)
     mix_selection(c, instance)
-    if c.world[0].knobs[STRICT_PREFILL] >= 1.0:
+    if c.world[0].knobs[STRICT_PREFILL] >= 1.0 or lists.length(c, instance, PARTIAL_OFFLINE) > 0:
         add_strict_prefill(c, instance)
     # An idle instance has no steps to pull after; it steps emptily every pull interval instead.
     polls = world.rule_migration != PULL_NONE

@@ -160,11 +160,10 @@ def least(values: list[float], q: float) -> float:
 
 
 def _rejected(events: list[Event]) -> dict[str, float]:
-    """Offline requests bear their numbers in the job list: those passed over are missing among them."""
-    serials = {event.request for event in events if event.offline}
+    rejected = [event for event in events if event.kind == "rejected"]
     return {
-        "rejected_online": sum(event.kind == "rejected" for event in events),
-        "rejected_offline": max(serials, default=-1) + 1 - len(serials),
+        "rejected_online": sum(event.d == 0 for event in rejected),
+        "rejected_offline": sum(event.d == 1 for event in rejected),
     }
 
 

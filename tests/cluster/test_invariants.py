@@ -475,7 +475,7 @@ def test_every_request_is_in_exactly_one_place(case):
 # Rules and knobs under which nothing waits for ever: whoever may be admitted is, no bound stops a decode or a piece, a
 # checkpoint may fill the KV of a strict instance, and what was begun on one is finished there.
 SERVING_RULES = {"admission": "gate", "mix_selection": "all"}
-SERVING_KNOBS = knobs_from_mapping({"strict_prefill": 512, "pull_kv": 1.0})
+SERVING_KNOBS = knobs_from_mapping({})
 
 
 @given(case=cases())
@@ -624,10 +624,6 @@ def test_a_light_online_load_is_served_in_bounded_time_beside_endless_offline_wo
     assert (online["finish_s"] - online["arrival_s"] <= 10.0 + 0.5 * online["output"]).all()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="(10): offline prefill goes on beside an online request that waits for KV, and its hand-overs hold that KV",
-)
 def test_hand_overs_of_offline_work_do_not_keep_an_online_request_waiting_for_ever():
     """It needs 67 of 73 blocks; two or three hand-overs of 4 blocks each are always on the slow link."""
     case = Case(

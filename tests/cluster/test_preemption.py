@@ -58,6 +58,29 @@ def test_the_queue_before_an_arrival_counts_against_its_slack():
     assert preemptions(ttft_s=1.01 * second_s, slack=1.0) == (0, 0)
 
 
+@pytest.mark.parametrize(("rule", "kept"), [("layer", 0), ("chunk", 128)])
+def test_what_an_interruption_leaves_of_earlier_pieces(rule, kept):
+    """A prompt of 240 tokens in pieces of 128 and 112: the arrival falls into the second."""
+
+    def simulator(arrivals_s: list[float]) -> Simulator:
+        scenario = Case(kv_blocks=(400, 400), max_batch_tokens=256, max_seqs=1).scenario()
+        lengths = (np.full(len(arrivals_s), length, np.int32) for length in (60, 2))
+        online = Given(Requests(np.array(arrivals_s), *lengths))
+        chunked = Simulator(
+            replace(scenario, online=online, offline=Given(OFFLINE), slo=SloSpec(0.001, 0.1)), {"preemption": rule}
+        )
+        chunked.set_knobs(knobs_from_mapping({"prefill_chunk": 128}))
+        return chunked
+
+    alone = simulator([])
+    while alone.cluster.slots["done"].max() < 128:
+        alone.run(alone.now_s + 1e-3)
+    disturbed = simulator([alone.now_s + 1e-3])
+    disturbed.run(alone.now_s + 4e-3)  # a layer takes about a millisecond
+    assert disturbed.cluster.world[0]["preemptions"] == 1
+    assert disturbed.cluster.slots["done"][disturbed.cluster.slots["prompt"] == 240].max() == kept
+
+
 @pytest.mark.parametrize("slack", [0.5, 1.25])
 def test_the_slack_is_a_fraction_of_the_slo(slack):
     _, second_s = waits_s()

@@ -118,7 +118,7 @@ class Memory:
         while instance.checkpoints and (strict or self.gate_open(instance)):
             request = instance.checkpoints[0]
             need = self.blocks(request.context)
-            if instance.used + need > most * instance.kv_blocks:
+            if instance.used and instance.used + need > most * instance.kv_blocks:
                 self.log("no KV for restore", request, instance)
                 break
             instance.checkpoints.pop(0)

@@ -90,6 +90,8 @@ class Relaxed:
         """(12)"""
         while True:
             fresh = not instance.partial_offline
+            if fresh and instance.waiting:
+                break
             request = self.offered(instance) if fresh else instance.partial_offline[0]
             if request is None:
                 break

@@ -138,9 +138,12 @@ class Strict:
 
     def strict_prefill(self, instance: Instance, bound_s: float) -> None:
         """(39)"""
-        budget = math.floor(self.knobs[STRICT_PREFILL])
-        while budget >= 1 and len(instance.pieces) < self.max_seqs:
+        while len(instance.pieces) < self.max_seqs:
             fresh = not instance.partial_offline
+            budget = math.floor(self.knobs[STRICT_PREFILL])
+            if fresh and budget < 1:
+                break
+            budget = budget if fresh else max(budget, SHORTEST_PIECE)
             request = self.offered(instance) if fresh else instance.partial_offline[0]
             if request is None:
                 break
