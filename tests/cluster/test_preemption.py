@@ -76,7 +76,7 @@ def test_what_an_interruption_leaves_of_earlier_pieces(rule, kept):
     while alone.cluster.slots["done"].max() < 128:
         alone.run(alone.now_s + 1e-3)
     disturbed = simulator([alone.now_s + 1e-3])
-    disturbed.run(alone.now_s + 4e-3)  # a layer takes about a millisecond
+    disturbed.run(alone.now_s + 0.01)  # a layer takes about 4 ms
     assert disturbed.cluster.world[0]["preemptions"] == 1
     assert disturbed.cluster.slots["done"][disturbed.cluster.slots["prompt"] == 240].max() == kept
 
