@@ -53,6 +53,8 @@ def resolve_policy(entry: Any) -> Policy:
                 f"policies: {dict(entry)} is not understood, "
                 "accepted are {baseline, name, knobs} and {policy, name}"
             )
+        if not isinstance(entry.get("knobs", {}), Mapping):
+            raise OocoError(f"policies: knobs is {entry['knobs']!r}, a mapping from knob names to numbers is needed")
         base = baselines.load(str(entry["baseline"]))
         knobs = dict(getattr(base, "knobs", {})) | dict(entry.get("knobs", {}))
         return ConstantPolicy(str(entry.get("name", f"{base.name}*")), base.rules, knobs)

@@ -210,6 +210,8 @@ def ooco_action() -> npt.NDArray[np.float64]:
 
 def check_rules(rules: Mapping[str, Any]) -> dict[str, str]:
     """Complete rules with OOCO's where silent; raises OocoError on an unknown rule or choice."""
+    if not isinstance(rules, Mapping):
+        raise OocoError(f"rules is {rules!r}, a mapping such as {{'preemption': 'chunk'}} is needed")
     for name, choice in rules.items():
         if name not in RULES:
             raise OocoError(f"unknown rule '{name}': known are {', '.join(RULES)}")

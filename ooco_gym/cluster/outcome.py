@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -33,12 +34,16 @@ _SINCE_WARMUP = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One episode after its warm-up. Times in seconds; rates per second of the measured part."""
+    """One episode after its warm-up. Times in seconds; rates per second of the measured part.
+
+    Quantiles of an episode that counted no request, or no second token, are nan.
+    """
 
     online_requests: int  # counted: arrived after warm-up, deadline before the end
     violations: int
     violation_rate: float
-    class_violation_rates: dict[str, float]  # by SLO class
+    class_requests: dict[str, int]  # counted, by SLO class
+    class_violation_rates: dict[str, float]
     ttft_violations: int
     rejected_online: int
     rejected_offline: int
@@ -75,7 +80,7 @@ class Outcome:
 
 
 def _quantile(values: npt.NDArray[np.float64], q: float) -> float:
-    return float(np.quantile(values, q)) if len(values) else 0.0
+    return float(np.quantile(values, q)) if len(values) else math.nan
 
 
 def tbt_quantile_s(histogram: npt.NDArray[np.int64], q: float) -> float:
@@ -104,16 +109,6 @@ def online_violations(
     counted = ~np.isnan(first) & ~left_in_time
     counted &= (arrival >= scenario.warmup_s) & (first_by + allowance <= scenario.horizon_s)
     return counted, counted & late_first, counted & (late_first | late_finish)
-
-
-def _rates_by_class(
-    cluster: Cluster, scenario: Scenario, counted: npt.NDArray[np.bool_], late: npt.NDArray[np.bool_]
-) -> dict[str, float]:
-    classes = scenario.slo.all_classes
-    requests = np.bincount(cluster.online["slo_class"][counted], minlength=len(classes))
-    violations = np.bincount(cluster.online["slo_class"][late], minlength=len(classes))
-    rates = violations / np.maximum(requests, 1)
-    return {entry.name: float(rate) for entry, rate in zip(classes, rates, strict=True)}
 
 
 def totals(cluster: Cluster) -> npt.NDArray[np.void]:
@@ -147,11 +142,16 @@ def measure(cluster: Cluster, scenario: Scenario, at_warmup: npt.NDArray[np.void
         + world["offline_finished_output_tokens"] * scenario.ideal_output_token_s
     )
     requests, violations = int(counted.sum()), int(late.sum())
+    names = [entry.name for entry in scenario.slo.all_classes]
+    of_class, late_of_class = (
+        np.bincount(cluster.online["slo_class"][which], minlength=len(names)) for which in (counted, late)
+    )
     return Outcome(
         online_requests=requests,
         violations=violations,
         violation_rate=violations / max(requests, 1),
-        class_violation_rates=_rates_by_class(cluster, scenario, counted, late),
+        class_requests=dict(zip(names, of_class.tolist(), strict=True)),
+        class_violation_rates=dict(zip(names, (late_of_class / np.maximum(of_class, 1)).tolist(), strict=True)),
         ttft_violations=int(ttft_late.sum()),
         rejected_online=int(world["rejected_online"]),
         rejected_offline=int(world["rejected_offline"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +50,15 @@ class SimulatorState:
 
     cluster: Cluster
     at_warmup: npt.NDArray[np.void]
-    rules: Mapping[str, str]
-    seed: int
+    episode: bytes  # digest of what the episode was before it began
+
+
+def _digest(cluster: Cluster, scenario: Scenario) -> bytes:
+    """What tells one episode from another: its deployment, rules, seeds and online requests."""
+    digest = blake2b(repr((scenario.warmup_s, scenario.episode_s)).encode())
+    for array in (cluster.world, cluster.instances, cluster.costs, cluster.online[:1000], cluster.offline[:1000]):
+        digest.update(array.tobytes())
+    return digest.digest()
 
 
 def _copy(cluster: Cluster) -> Cluster:
@@ -67,13 +75,18 @@ class Simulator:
     def __init__(
         self, scenario: Scenario, rules: Mapping[str, str] | None = None, seed: int = 0, log: bool = False
     ) -> None:
+        if not isinstance(scenario, Scenario):
+            raise OocoError(f"scenario is {scenario!r}: a Scenario is needed, build_scenario makes one of a mapping")
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise OocoError(f"seed is {seed!r}, an integer of at least 0 is needed")
         self.scenario = scenario
         self.rules = check_rules(rules or {})
-        self.seed = seed
+        self.seed = int(seed)
         self.cluster = _build(scenario, self.rules, seed)
         self._constants = deployment(scenario)
         if log:
             self.cluster = _with_more_log(self.cluster)
+        self._episode = _digest(self.cluster, scenario)
         prepare(self.cluster)
         self._at_warmup = totals(self.cluster)
 
@@ -108,12 +121,14 @@ class Simulator:
 
     def state(self) -> SimulatorState:
         """A copy of everything that the rest of the episode depends on; :meth:`restore` returns to it."""
-        return SimulatorState(_copy(self.cluster), self._at_warmup.copy(), dict(self.rules), self.seed)
+        return SimulatorState(_copy(self.cluster), self._at_warmup.copy(), self._episode)
 
     def restore(self, state: SimulatorState) -> None:
         """Go back to a state taken from this episode, bit for bit, however often; raises OocoError for another's."""
-        if (state.seed, state.rules) != (self.seed, self.rules):
-            raise OocoError(f"state is of episode seed {state.seed} under {state.rules}, this is {self.seed}")
+        if not isinstance(state, SimulatorState) or state.episode != self._episode:
+            raise OocoError(
+                "this state is of another episode: seed, rules and scenario must be those it was taken from"
+            )
         self.cluster = _copy(state.cluster)
         self._at_warmup = state.at_warmup.copy()
 

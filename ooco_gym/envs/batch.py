@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,16 +37,17 @@ class Batch:
         self.simulators: list[Simulator | None] = [None] * count
         self.records = np.concatenate([deployment(scenario) for scenario in scenarios])
         self.observations = np.zeros((count, OBSERVATION_SIZE), np.float32)
-        self._addresses = np.zeros(count, np.int64)
-        self._until_s = np.zeros(count)
         self._horizon_s = np.array([scenario.horizon_s for scenario in scenarios])
         self._ideal_s = np.array([(s.ideal_prompt_token_s, s.ideal_output_token_s) for s in scenarios])
         self._instances = np.array([scenario.instances for scenario in scenarios])
         self._arrivals_per_s = np.array([scenario.online.mean_rate_per_s for scenario in scenarios])
-        self._counters = np.zeros((count, 1 + len(_COUNTERS)))
         threads = min(threads or os.cpu_count() or 1, count)
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the threads behind and start their own."""
+        return {**self.__dict__, "_pool": None}
 
     def start(self, index: int, seed: int) -> None:
         """Begin an episode: its warm-up under OOCO's knobs."""
@@ -57,13 +59,10 @@ class Batch:
     def adopt(self, index: int, simulator: Simulator) -> None:
         """Take a simulator as it stands, and observe it."""
         self.simulators[index] = simulator
-        self._addresses[index] = simulator.cluster.address
-        self._until_s[index] = simulator.now_s
-        self._counters[index] = _read(simulator)
         self._observe(np.array([index]))
 
     def is_over(self, index: int) -> bool:
-        return bool(self._until_s[index] >= self._horizon_s[index])
+        return self._simulator(index).now_s >= float(self._horizon_s[index])
 
     def step(self, actions: npt.NDArray[np.float64], active: npt.NDArray[np.int64]) -> Interval:
         """Apply ``actions`` float64 [M, KNOB_COUNT] to the episodes ``active`` [M] for one control interval.
@@ -71,19 +70,19 @@ class Batch:
         Updates ``observations`` in place; returns what the interval brought, fields [M].
         """
         knobs = action_to_knobs(actions)
-        until_s = self._until_s[active] + self.control_interval_s
+        before = np.array([_read(self._simulator(index)) for index in active.tolist()])
+        until_s = before[:, 0] + self.control_interval_s
         horizon_s = self._horizon_s[active]
         until_s = np.where(until_s > horizon_s - 1e-6 * self.control_interval_s, horizon_s, until_s)
-        if self._pool is None:
+        if self._threads == 1:
             self._advance(active, knobs, until_s)
         else:
+            self._pool = self._pool or ThreadPoolExecutor(self._threads)
             parts = [part for part in np.array_split(np.arange(len(active)), self._threads) if len(part)]
             jobs = [self._pool.submit(self._advance, active[part], knobs[part], until_s[part]) for part in parts]
             for job in jobs:
                 job.result()
-        before = self._counters[active]
         after = np.array([_read(self._simulator(index)) for index in active.tolist()])
-        self._counters[active] = after
         interval_s, prompt_tokens, output_tokens, violations = (after - before).T
         return Interval(
             interval_s=interval_s,
@@ -105,19 +104,20 @@ class Batch:
     def _advance(
         self, active: npt.NDArray[np.int64], knobs: npt.NDArray[np.float64], until_s: npt.NDArray[np.float64]
     ) -> None:
-        addresses, status = self._addresses[active], np.zeros(len(active), np.int64)
+        addresses, status = self._addresses(active), np.zeros(len(active), np.int64)
         set_knobs_many(addresses, knobs)
         run_many(addresses, until_s, status)
         for position in np.flatnonzero(status != REACHED).tolist():  # it needs more room first, which moves its arrays
-            simulator = self._simulator(int(active[position]))
-            simulator.run(float(until_s[position]))
-            self._addresses[active[position]] = simulator.cluster.address
-        self._until_s[active] = until_s
+            self._simulator(int(active[position])).run(float(until_s[position]))
         self._observe(active)
+
+    def _addresses(self, active: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Looked up at every step: a simulator that grows, is restored or copied has its arrays elsewhere."""
+        return np.array([self._simulator(index).cluster.address for index in active.tolist()], np.int64)
 
     def _observe(self, active: npt.NDArray[np.int64]) -> None:
         records, observations = self.records[active], np.empty((len(active), OBSERVATION_SIZE), np.float32)
-        observe_many(fill_many(self._addresses[active], records), observations)
+        observe_many(fill_many(self._addresses(active), records), observations)
         self.records[active], self.observations[active] = records, observations
 
 

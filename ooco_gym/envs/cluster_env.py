@@ -19,6 +19,7 @@ from ooco_gym.envs.render import render_panel, render_text
 from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario, build_scenario
+from ooco_gym.specs import is_number
 
 Observation = npt.NDArray[np.float32]
 _ONLY = np.zeros(1, np.int64)  # a batch of one
@@ -76,7 +77,7 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         render_mode: str | None = None,
     ) -> None:
         self.scenario = scenario if isinstance(scenario, Scenario) else build_scenario(scenario)
-        if not 0 < control_interval_s <= self.scenario.episode_s:
+        if not (is_number(control_interval_s) and 0 < control_interval_s <= self.scenario.episode_s):
             raise OocoError(
                 f"control_interval_s is {control_interval_s!r}, accepted is above 0 and at most the episode's "
                 f"{self.scenario.episode_s:g} s"

@@ -17,6 +17,7 @@ from ooco_gym.envs.batch import Batch, checked_actions
 from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario, build_scenario
+from ooco_gym.specs import is_number
 
 Array = npt.NDArray[Any]
 Source = Scenario | Mapping[str, Any] | None
@@ -51,7 +52,7 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
             raise OocoError(f"num_envs is {num_envs!r}, an integer of at least 1 is needed")
         scenarios = _scenarios(scenario, num_envs)
         shortest_s = min(entry.episode_s for entry in scenarios)
-        if not 0 < control_interval_s <= shortest_s:
+        if not (is_number(control_interval_s) and 0 < control_interval_s <= shortest_s):
             raise OocoError(
                 f"control_interval_s is {control_interval_s!r}, accepted is above 0 and at most the shortest episode, "
                 f"{shortest_s:g} s"
@@ -78,13 +79,13 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
         """Start every episode, or those of ``options["reset_mask"]``; ``infos["seed"]`` are the episodes' seeds."""
-        mask = (options or {}).get("reset_mask")
-        chosen = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
-        seeds = [None if seed is None else seed + index for index in range(self.num_envs)] if (
-            seed is None or isinstance(seed, int)
-        ) else list(seed)  # fmt: skip
-        if len(seeds) != self.num_envs:
-            raise OocoError(f"{len(seeds)} seeds for {self.num_envs} environments")
+        chosen = np.arange(self.num_envs)
+        if options is not None and options.get("reset_mask") is not None:
+            mask = np.asarray(options["reset_mask"])
+            if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+                raise OocoError(f"reset_mask is {mask!r}, {self.num_envs} booleans are needed")
+            chosen = np.flatnonzero(mask)
+        seeds = _seeds(seed, self.num_envs)
         infos: dict[str, Any] = {}
         for index in chosen.tolist():
             given = seeds[index]
@@ -145,6 +146,18 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
 
     def close_extras(self, **kwargs: Any) -> None:
         self._batch.close()
+
+
+def _seeds(seed: Any, count: int) -> list[int | None]:
+    """One seed per sub-environment: counted up from a single one, or as given."""
+    single = not isinstance(seed, (Sequence, np.ndarray))
+    given = [seed] * count if single else list(seed)
+    if len(given) != count:
+        raise OocoError(f"{len(given)} seeds for {count} environments")
+    for entry in given:
+        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or entry < 0):
+            raise OocoError(f"seed is {entry!r}, an integer of at least 0 is needed")
+    return [None if entry is None else int(entry) + single * index for index, entry in enumerate(given)]
 
 
 def _scenarios(source: Source | Sequence[Source], count: int) -> list[Scenario]:

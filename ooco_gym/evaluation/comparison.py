@@ -8,7 +8,7 @@ from typing import Any
 
 from ooco_gym.cluster import Outcome
 from ooco_gym.evaluation.episodes import run_episodes
-from ooco_gym.evaluation.statistics import Estimate, is_feasible, paired_difference, summarise
+from ooco_gym.evaluation.statistics import Estimate, class_violation_rates, is_feasible, paired_difference, summarise
 from ooco_gym.policy import Policy
 from ooco_gym.scenario import Scenario
 
@@ -62,6 +62,7 @@ class Comparison:
             "rejected_online": sum(outcome.rejected_online for outcome in outcomes),
             "rejected_offline": sum(outcome.rejected_offline for outcome in outcomes),
             "online_alone_violation_rate": case.online_violation_rate,
+            "class_violation_rates": class_violation_rates(outcomes),
         }
         for metric, estimate in summary.items():
             row[metric] = estimate.value

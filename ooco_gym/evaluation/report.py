@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ _COLUMNS = (
     ("useful\n%", "offline_ideal_s_per_instance_s", 100.0, 1, True),
     ("wasted\n%", "wasted_fraction", 100.0, 1, False),
 )
+MANY_REJECTED = 0.01
 WIDE = 140  # characters that all columns need
 _NARROW = 96  # below this there is no room for intervals either
 
 
 def _cell(row: Row, metric: str, factor: float, digits: int, interval: bool) -> str:
+    if math.isnan(row[metric]):
+        return "-"
     low, high = (bound * factor for bound in row[f"{metric}_ci95"])
     value = f"{row[metric] * factor:,.{digits}f}"
     value = f"[bold]{value}[/bold]" if row["feasible"] else value
@@ -63,12 +67,30 @@ def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:
         rejected = max((row[key] for row in rows), default=0)
         if rejected:
             console.print(
-                f"{rejected} {what} requests exceeded the model's context or any KV cache: rejected and counted apart."
+                f"{rejected} {what} requests exceeded the model's context or the smallest KV cache: rejected and "
+                "counted apart."
             )
+    if rows and rows[0]["rejected_online"] > MANY_REJECTED * max(rows[0]["online_requests"], 1):
+        console.print("[yellow]That is more than 1 % of the online work[/yellow]: the violation rates are of the rest.")
+    for row in rows:
+        by_class = row["class_violation_rates"]
+        if len(by_class) > 1:
+            shown = ", ".join(f"{name} {rate:.2%}" for name, rate in by_class.items())
+            console.print(f"[dim]{row['policy']}: violations by SLO class {shown}[/dim]")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader never sees half a file; refuses NaN and infinity, which JSON cannot carry."""
+    """Write JSON so that a reader never sees half a file; what has no value (nan) is null, infinity is refused."""
     staged = path.with_suffix(path.suffix + ".part")
-    staged.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    staged.write_text(json.dumps(_nan_to_null(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     staged.replace(path)
+
+
+def _nan_to_null(content: Any) -> Any:
+    if isinstance(content, float) and math.isnan(content):
+        return None
+    if isinstance(content, Mapping):
+        return {key: _nan_to_null(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_nan_to_null(value) for value in content]
+    return content

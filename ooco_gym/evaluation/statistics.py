@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,13 @@ class Estimate:
 
 
 def mean_interval(values: npt.ArrayLike) -> Estimate:
-    """Mean over episodes with a bootstrap interval; a single episode has no interval (low = high = value)."""
-    return ratio_interval(values, np.ones(np.shape(values)))
+    """Mean over episodes with a bootstrap interval; a single episode has no interval (low = high = value).
+
+    Episodes without a value (nan: a quantile of no requests) are left out; nan where none has one.
+    """
+    known = np.asarray(values, float)
+    known = known[~np.isnan(known)]
+    return ratio_interval(known, np.ones(known.shape)) if len(known) else Estimate(math.nan, math.nan, math.nan)
 
 
 def ratio_interval(numerators: npt.ArrayLike, denominators: npt.ArrayLike) -> Estimate:
@@ -67,6 +73,16 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Estimate]:
         [outcome.violations for outcome in outcomes], [outcome.online_requests for outcome in outcomes]
     )
     return rows
+
+
+def class_violation_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Violations over requests by SLO class, pooled over episodes."""
+    rates = {}
+    for name in outcomes[0].class_requests if outcomes else ():
+        requests = np.array([outcome.class_requests[name] for outcome in outcomes], float)
+        late = requests * [outcome.class_violation_rates[name] for outcome in outcomes]
+        rates[name] = float(late.sum() / max(requests.sum(), 1.0))
+    return rates
 
 
 def is_feasible(summary: dict[str, Estimate]) -> bool:

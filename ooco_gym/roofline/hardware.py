@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,6 +35,10 @@ class CalibratedConstants:
     moe_flops: float = 0.6
     moe_us: float = 10.0  # top-k choice, sorting rows by expert, summing the experts' outputs
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "calibrated", ("gemm_flops", "gemm_bytes", "elementwise_bytes", "prefill_attention_flops",
+                                            "attention_bytes", "allreduce_bytes", "moe_flops"))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class XllmConstants:
@@ -45,6 +50,19 @@ class XllmConstants:
     gemm_bytes: float = 0.58
     attention_bytes: float = 0.38
     allreduce_bytes_per_s: float = 10e9
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "xllm", tuple(entry.name for entry in fields(self)))
+
+
+def _check_numbers(constants: Any, where: str, positive: tuple[str, ...]) -> None:
+    """Every constant is a finite number of at least 0, and the named ones, which are divided by, are above 0."""
+    for entry in fields(constants):
+        value = getattr(constants, entry.name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and entry.name in positive):
+            least = "above 0" if entry.name in positive else "of at least 0"
+            raise OocoError(f"hardware: {where}.{entry.name} is {value!r}, a finite number {least} is needed")
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class HardwareSpec:
     def __post_init__(self) -> None:
         for name in ("peak_flops_per_s", "hbm_bytes_per_s", "hbm_bytes", "link_bytes_per_s"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise OocoError(
                     f"hardware '{self.name}': {name} is {getattr(self, name)!r}, it must be a positive number"
                 )
@@ -74,7 +92,9 @@ def hardware_from_mapping(values: Mapping[str, Any], where: str = "hardware") ->
     """Build a spec from a preset's keys; raises OocoError naming unknown or missing keys."""
     given = {key: value for key, value in values.items() if key != "description"}
     for key, kind in (("calibrated", CalibratedConstants), ("xllm", XllmConstants)):
-        if isinstance(given.get(key), Mapping):
+        if key in given and not isinstance(given[key], kind):
+            if not isinstance(given[key], Mapping):
+                raise OocoError(f"{where}: {key} is {given[key]!r}, a mapping of its constants is needed")
             given[key] = _constants(kind, given[key], f"{where}: {key}")
     return _constants(HardwareSpec, given, where)
 

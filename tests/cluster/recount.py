@@ -134,6 +134,7 @@ def _of_online_requests(requests: dict[int, Online], scenario: Scenario) -> dict
         "online_requests": counted.total(),
         "violations": late.total(),
         "violation_rate": late.total() / max(counted.total(), 1),
+        "class_requests": {slo.name: counted[i] for i, slo in enumerate(classes)},
         "class_violation_rates": {slo.name: late[i] / max(counted[i], 1) for i, slo in enumerate(classes)},
         "ttft_violations": late_first,
         "ttft_p50_s": quantile(ttfts, 0.5),

@@ -295,7 +295,7 @@ def test_a_state_of_another_episode_is_refused():
     env.reset(seed=5)
     state = env.state()
     env.reset(seed=6)
-    with pytest.raises(OocoError, match="episode seed 5"):
+    with pytest.raises(OocoError, match="of another episode"):
         env.restore(state)
 
 
