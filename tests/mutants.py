@@ -65,10 +65,8 @@ MUTANTS = (
     Mutant("backlog head", "31: an evicted offline request returns to the head", "residents.py",
            "push_front(c, c.world[0].instances, REQUEUED, slot)", "push_back(c, c.world[0].instances, REQUEUED, slot)"),
     Mutant("strict prefill", "39: within tpot_bound", "mixing.py",
-           "    bound_s = mix_bound_s(c, instance)\n    while lists.length(c, instance, PARTIAL_OFFLINE) > 0:\n"
-           "        if lists.length(c, instance, BATCH) == world.max_seqs",
-           "    bound_s = 1.1 * mix_bound_s(c, instance)\n    while lists.length(c, instance, PARTIAL_OFFLINE) > 0:\n"
-           "        if lists.length(c, instance, BATCH) == world.max_seqs"),
+           "    bound_s = mix_bound_s(c, instance)\n    begun",
+           "    bound_s = 1.1 * mix_bound_s(c, instance)\n    begun"),
     Mutant("pushback", "42: once per pull interval", "strict.py",
            "    state.next_push_s = world.now_s + world.pull_interval_s\n", ""),
     Mutant("restore", "44: a restore takes host bandwidth", "restore.py",

@@ -318,7 +318,7 @@ def assert_relaxed_has_reason(look: Look) -> None:
         return
     waiting, offline = look.first(WAITING), look.backlog()
     assert waiting is None or look.no_room_for_online(waiting["context"] + 1), "an online request"
-    if offline is not None and look.gate_open():
+    if offline is not None and waiting is None and look.gate_open():
         assert look.used + look.blocks(offline[1] + 1) > look.unreserved(), "the backlog"
 
 
