@@ -141,6 +141,7 @@ def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells ignore it for children
     )
     patience = time.monotonic() + 240
     while not (folder / "checkpoints" / "latest.zip").is_file():

@@ -148,7 +148,7 @@ def _of_online_requests(requests: dict[int, Online], scenario: Scenario) -> dict
 def quantile(values: list[float], q: float) -> float:
     """Linear interpolation between the order statistics."""
     if not values:
-        return 0.0
+        return math.nan
     values, place = sorted(values), q * (len(values) - 1)
     below = math.floor(place)
     above = min(below + 1, len(values) - 1)

@@ -74,7 +74,7 @@ def differences(outcome: Outcome, again: dict) -> list[str]:
             same = max(given / TBT_RATIO, TBT_FIRST_S) * (1 - 1e-6) <= max(value, TBT_FIRST_S) <= given * (1 + 1e-6)
             same |= given == value == 0.0
         else:
-            same = given == value if isinstance(value, int) else given == pytest.approx(value, rel=1e-9)
+            same = given == value if isinstance(value, int) else given == pytest.approx(value, rel=1e-9, nan_ok=True)
         if not same:
             found.append(f"{metric}: {given} in the outcome, {value} in the log")
     return found
