@@ -256,7 +256,7 @@ def _classes(shares: list[float], requests: int, seed: int) -> npt.NDArray[np.in
 
 
 def _with_more_slots(cluster: Cluster) -> Cluster:
-    """The same cluster with twice the request slots (at first: enough for a decision on every relaxed instance)."""
+    """The same cluster with twice the request slots (at first: enough for any single event)."""
     world = cluster.world[0]
     old = len(cluster.slots)
     reserve = int(world["max_seqs"]) + 1
