@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     rivals = [baselines.load(name) for name in settings["evaluation"]["baselines"]]
     scenario = scenario_of(settings)
     describe(scenario, console)
-    compile_kernel(scenario, console)
+    compile_kernel(scenario)
     admission = admit_scenario(scenario, settings, console)
     role = "train" if scenario.online.role == "train" else "demo"
     if role == "demo":

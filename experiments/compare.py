@@ -87,7 +87,7 @@ def cases(settings: dict[str, Any], console: Console) -> list[Case]:
     for workload in listed(settings, "workloads"):
         config = {**settings, "workload": resolve_workload(workload)}
         scenario = scenario_of(config)
-        compile_kernel(scenario, console)
+        compile_kernel(scenario)
         describe(scenario, console)
         admission = admit_scenario(scenario, config, console)
         for load in loads:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numba
 
+from ooco_gym import _compiling
+
 _PACKAGE = Path(__file__).resolve().parent
 _COMPILED = ("roofline", "cluster")
 
@@ -38,6 +40,7 @@ def _drop_stale_cache() -> None:
 
 
 _drop_stale_cache()
+_notice = _compiling.watch()
 
 
 # No function of the simulator allocates, so none counts references: ``_nrt=False`` makes an allocation a compile error,
@@ -47,9 +50,11 @@ _COMMON = {"nogil": True, "error_model": "numpy", "fastmath": False, "_nrt": Fal
 
 def entry_point(function: Callable[..., Any]) -> Any:
     """Compile a function that Python calls: nopython, cached on disk, GIL released, IEEE arithmetic."""
+    _notice.expected += 1
     return numba.njit(cache=True, **_COMMON)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function that only compiled code calls: no Python wrapper, cached as part of its callers."""
+    _notice.expected += 1
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_COMMON)(function)

@@ -63,6 +63,8 @@ def peek_offline(c):
 @kernel
 def _backlog_moved(c):
     """The head of the backlog is another request now: it may fit where the last one did not."""
+    if c.world[0].refusals == 0:
+        return
     for instance in range(c.world[0].instances):
         if c.instances[instance].head_refused == 1:
             wake(c, instance)

@@ -109,6 +109,13 @@ def batch_online(c, instance):
 
 
 @kernel
+def refuse_head(c, instance):
+    """Note that the head of the backlog does not fit here: the next one may."""
+    c.world[0].refusals += 1 - c.instances[instance].head_refused
+    c.instances[instance].head_refused = 1
+
+
+@kernel
 def batch_offline(c, instance):
     """What has begun, then from the head of the backlog, while the gate is open and the unreserved KV has room."""
     state = c.instances[instance]
@@ -129,7 +136,7 @@ def batch_offline(c, instance):
         if not _has_place(c, instance, piece):
             return
         if too_short(piece, context) or not offline_fits(c, instance, context + 1):
-            state.head_refused = 1
+            refuse_head(c, instance)
             return
         slot = take_offline(c)
         begin_prefill(c, instance, slot)
@@ -165,7 +172,7 @@ def batch_fcfs(c, instance):
         if not any_waits or not _has_place(c, instance, context):
             return
         if free_blocks(c, instance) < blocks_for(c, context + 1):
-            c.instances[instance].head_refused = 1
+            refuse_head(c, instance)
             return
         slot = take_by_arrival(c, instance, offline)
         add_piece(c, instance, slot, context)

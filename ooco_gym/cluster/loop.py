@@ -54,6 +54,7 @@ def _decide(c, instance):
     """The end of an iteration, or a wake-up: book what ended, then choose what is next as the role has it."""
     state = c.instances[instance]
     was_decoding = state.activity == DECODING
+    c.world[0].refusals -= state.head_refused
     state.head_refused = 0
     if was_decoding:
         end_iteration(c, instance)

@@ -15,8 +15,8 @@ from ooco_gym.cluster.batching import (
     gate_open,
     next_by_arrival,
     offline_fits,
+    refuse_head,
     take_by_arrival,
-    too_short,
 )
 from ooco_gym.cluster.control import PULL_KV, STRICT_PREFILL
 from ooco_gym.cluster.decode import batch_size, iteration_with_pieces_s
@@ -36,22 +36,26 @@ from ooco_gym.cluster.state import (
 
 
 @kernel
-def largest_piece(c, instance, past, most, bound_s):
-    """The largest n <= ``most`` for which the predicted iteration with a piece of n tokens stays within the bound.
+def largest_piece(c, instance, past, left, most, bound_s):
+    """The largest n <= ``most`` for which the predicted iteration with a piece of n of the ``left`` tokens stays within
+    the bound; 0 where that would be too short.
 
     The time grows with n, so false position between a length that fits and one that does not closes in on it; every
     second step halves instead, which bounds the number of steps.
     """
-    if most <= 0 or bound_s == math.inf:
-        return max(most, 0)
+    low = min(SHORTEST_PIECE_TOKENS, left)
+    if most < low:
+        return 0
+    if bound_s == math.inf:
+        return most
     cost = c.costs[instance, SCHEDULER_COST]
     high_over_s = iteration_with_pieces_s(c, cost, instance, most, past) - bound_s
     if high_over_s <= 0.0:
         return most
-    low_over_s = iteration_with_pieces_s(c, cost, instance, 0, past) - bound_s
+    low_over_s = iteration_with_pieces_s(c, cost, instance, low, past) - bound_s
     if low_over_s > 0.0:
         return 0
-    low, high = 0, most
+    high = most
     halve = False
     while high - low > 1:
         guess = (low + high) // 2
@@ -81,8 +85,8 @@ def add_strict_prefill(c, instance):
         slot = lists.first(c, instance, PARTIAL_OFFLINE)
         past = c.slots[slot].done
         left = c.slots[slot].context - past
-        piece = largest_piece(c, instance, past, min(left, begun - state.piece_tokens), bound_s)
-        if too_short(piece, left):
+        piece = largest_piece(c, instance, past, left, min(left, begun - state.piece_tokens), bound_s)
+        if piece == 0:
             return
         pop_front(c, instance, PARTIAL_OFFLINE)
         add_piece(c, instance, slot, piece)
@@ -90,10 +94,10 @@ def add_strict_prefill(c, instance):
         return
     while lists.length(c, instance, BATCH) < world.max_seqs and offline_waits(c, instance):
         context, _ = peek_offline(c)
-        piece = largest_piece(c, instance, 0, min(context, budget - state.piece_tokens), bound_s)
+        piece = largest_piece(c, instance, 0, context, min(context, budget - state.piece_tokens), bound_s)
         need = blocks_for(c, context + 1)
-        if too_short(piece, context) or state.used_blocks + need > c.world[0].knobs[PULL_KV] * state.kv_blocks:
-            state.head_refused = 1
+        if piece == 0 or state.used_blocks + need > c.world[0].knobs[PULL_KV] * state.kv_blocks:
+            refuse_head(c, instance)
             return
         slot = take_offline(c)
         begin_prefill(c, instance, slot)
@@ -143,7 +147,7 @@ def _add_waiting_online(c, instance):
 @kernel
 def _offline_piece(c, instance, past, left, bound_s):
     allowed = min(float(_tokens_left(c, instance)), chunk_limit(c) - c.instances[instance].piece_offline_tokens)
-    return largest_piece(c, instance, past, int(min(float(left), allowed)), bound_s)
+    return largest_piece(c, instance, past, left, int(min(float(left), allowed)), bound_s)
 
 
 @kernel
@@ -154,7 +158,7 @@ def _add_offline(c, instance):
         past = c.slots[slot].done
         left = c.slots[slot].context - past
         piece = _offline_piece(c, instance, past, left, bound_s)
-        if too_short(piece, left):
+        if piece == 0:
             return
         pop_front(c, instance, PARTIAL_OFFLINE)
         add_piece(c, instance, slot, piece)
@@ -163,8 +167,8 @@ def _add_offline(c, instance):
     while offline_waits(c, instance) and gate_open(c, instance, 0) and _has_seat(c, instance):
         context, _ = peek_offline(c)
         piece = _offline_piece(c, instance, 0, context, bound_s)
-        if too_short(piece, context) or not offline_fits(c, instance, context + 1):
-            c.instances[instance].head_refused = 1
+        if piece == 0 or not offline_fits(c, instance, context + 1):
+            refuse_head(c, instance)
             return
         slot = take_offline(c)
         begin_prefill(c, instance, slot)
@@ -189,7 +193,7 @@ def add_fcfs(c, instance):
         if not any_waits:
             return
         if free_blocks(c, instance) < blocks_for(c, context + 1):
-            c.instances[instance].head_refused = 1
+            refuse_head(c, instance)
             return
         slot = take_by_arrival(c, instance, offline)
         add_piece(c, instance, slot, min(context, _tokens_left(c, instance)))

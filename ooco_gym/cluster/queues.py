@@ -48,54 +48,56 @@ def next_source(c):
     return c.queue[1].winner
 
 
-# Completions of one instance: a binary heap of slots keyed by the decode step at which each emits its last token.
-
-
-@kernel
-def _finish_step(c, slot):
-    record = c.slots[slot]
-    return record.prompt + record.output - record.context
+# Completions of one instance: a binary heap of the selected, keyed by the decode step of each one's last token.
 
 
 @kernel
 def _before(c, a, b):
-    step_a, step_b = _finish_step(c, a), _finish_step(c, b)
-    return step_a < step_b or (step_a == step_b and c.slots[a].order < c.slots[b].order)
+    return a.step < b.step or (a.step == b.step and c.slots[a.slot].order < c.slots[b.slot].order)
 
 
 @kernel
-def _sift(c, instance, at):
+def _place(c, instance, at, step, context, slot):
+    entry = c.heaps[instance, at]
+    entry.step = step
+    entry.context = context
+    entry.slot = slot
+    c.slots[slot].heap_at = at
+
+
+@kernel
+def _sift(c, instance, at, step, context, slot):
+    """Put an entry where the order has it, starting from the hole ``at``."""
     heap = c.heaps[instance]
     size = c.instances[instance].heap_size
-    slot = heap[at]
+    order = c.slots[slot].order
     while at > 0:
-        parent = (at - 1) // 2
-        if not _before(c, slot, heap[parent]):
+        parent = heap[(at - 1) // 2]
+        if parent.step < step or (parent.step == step and c.slots[parent.slot].order < order):
             break
-        heap[at] = heap[parent]
-        c.slots[heap[at]].heap_at = at
-        at = parent
+        _place(c, instance, at, parent.step, parent.context, parent.slot)
+        at = (at - 1) // 2
     while True:
         child = 2 * at + 1
         if child >= size:
             break
         if child + 1 < size and _before(c, heap[child + 1], heap[child]):
             child += 1
-        if not _before(c, heap[child], slot):
+        below = heap[child]
+        if step < below.step or (step == below.step and order < c.slots[below.slot].order):
             break
-        heap[at] = heap[child]
-        c.slots[heap[at]].heap_at = at
+        _place(c, instance, at, below.step, below.context, below.slot)
         at = child
-    heap[at] = slot
-    c.slots[slot].heap_at = at
+    _place(c, instance, at, step, context, slot)
 
 
 @kernel
 def completion_push(c, instance, slot):
+    """Enter a decode that has just been selected: its context counts from the instance's step 0."""
+    record = c.slots[slot]
     at = c.instances[instance].heap_size
     c.instances[instance].heap_size = at + 1
-    c.heaps[instance, at] = slot
-    _sift(c, instance, at)
+    _sift(c, instance, at, record.prompt + record.output - record.context, record.context, slot)
 
 
 @kernel
@@ -105,15 +107,13 @@ def completion_remove(c, instance, slot):
     c.instances[instance].heap_size = size
     if at < size:
         moved = c.heaps[instance, size]
-        c.heaps[instance, at] = moved
-        c.slots[moved].heap_at = at
-        _sift(c, instance, at)
+        _sift(c, instance, at, moved.step, moved.context, moved.slot)
     c.slots[slot].heap_at = NONE
 
 
 @kernel
 def first_finish_step(c, instance):
-    return _finish_step(c, c.heaps[instance, 0])
+    return c.heaps[instance, 0].step
 
 
 # TPOT deadlines: a binary heap of (time, request); entries of requests that finished stay until their time comes.

@@ -306,7 +306,7 @@ def complete_finished(c, instance):
     """Release and book every sequence whose last token came with the iteration that just ended."""
     state = c.instances[instance]
     while state.heap_size > 0 and first_finish_step(c, instance) <= state.steps:
-        slot = c.heaps[instance, 0]
+        slot = c.heaps[instance, 0].slot
         cancel_pull(c, slot)
         leave(c, instance, slot)
         release(c, instance, slot)

@@ -16,6 +16,7 @@ from ooco_gym.cluster.loop import NEEDS_SLOTS, REACHED, prepare, run_many, set_k
 from ooco_gym.cluster.outcome import Outcome, measure, totals
 from ooco_gym.cluster.queues import CLUSTER_SOURCES
 from ooco_gym.cluster.state import (
+    COMPLETION,
     EVENT,
     FREE,
     INSTANCE,
@@ -213,7 +214,7 @@ def _build(scenario: Scenario, rules: Mapping[str, str], seed: int) -> Cluster:
         instances=instances,
         slots=np.zeros(0, SLOT),
         lists=lists,
-        heaps=np.zeros((count, 0), np.int64),
+        heaps=np.zeros((count, 0), COMPLETION),
         block_phase=np.zeros((count, 2, spec.block_tokens), np.int64),
         queue=np.zeros(2 * (1 << (3 * count + CLUSTER_SOURCES - 1).bit_length()), EVENT),
         costs=costs,
@@ -263,7 +264,7 @@ def _with_more_slots(cluster: Cluster) -> Cluster:
     new = max(2 * old, reserve + 1024)
     slots = np.zeros(new, SLOT)
     slots[:old] = cluster.slots
-    heaps = np.zeros((len(cluster.heaps), new), np.int64)
+    heaps = np.zeros((len(cluster.heaps), new), COMPLETION)
     heaps[:, :old] = cluster.heaps
     free = cluster.lists[int(world["instances"]), FREE]
     added = np.arange(old, new)

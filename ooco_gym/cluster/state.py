@@ -96,6 +96,7 @@ WORLD = np.dtype(
         ("timer_count", np.int64),  # size of the heap of TPOT deadlines
         ("next_disruption", np.int64),
         ("role_change_s", np.float64),  # when the last role change began
+        ("refusals", np.int64),  # instances whose ``head_refused`` is 1
         # offline source
         ("endless", np.int64),
         ("offline_jobs", np.int64),  # rows of the length table
@@ -138,14 +139,17 @@ WORLD = np.dtype(
 
 INSTANCE = np.dtype(
     [
+        # What others look at when they choose among instances: together, so that a look costs one line of the cache.
         ("role", np.int64),
         ("becoming", np.int64),  # the role it drains for; its role when it does not
         ("activity", np.int64),
-        ("saturation_batch", np.float64),
+        ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running; exact sums
         # KV cache in blocks; both counts include reservations for transfers on their way
         ("kv_blocks", np.int64),
         ("used_blocks", np.int64),
         ("online_blocks", np.int64),
+        ("pulled_slot", np.int64),  # the decode it pulls, from its choice until it has arrived
+        ("saturation_batch", np.float64),
         # decode batch: the selected prefix of ONLINE_DECODES followed by OFFLINE_DECODES
         ("selected_online", np.int64),
         ("selected_offline", np.int64),
@@ -182,7 +186,6 @@ INSTANCE = np.dtype(
         ("piece_full", np.float64),
         ("piece_kv", np.int64),
         ("longest", np.int64),  # longest selected context less ``steps``; UNKNOWN when it must be looked up
-        ("pending_s", np.float64),  # predicted prefill seconds of online requests waiting or running; exact sums
         ("head_refused", np.int64),  # the last decision stopped at the head of the backlog: it did not fit
         ("offline_here", np.int64),  # offline requests that hold KV here, in whatever state
         ("incoming", np.int64),  # transfers on their way to this instance
@@ -192,7 +195,6 @@ INSTANCE = np.dtype(
         ("host_used", np.int64),
         # pull
         ("next_pull_s", np.float64),
-        ("pulled_slot", np.int64),
         ("granted", np.int64),  # residents here that leave at the next boundary
         ("pull_cursor", np.int64),  # instance asked last
         # pushback
@@ -264,6 +266,9 @@ OFFLINE = np.dtype([("arrival_s", np.float64), ("prompt", np.int64), ("output", 
 #: A node of the tournament of event sources: its winner; the first records also hold the time of each source.
 EVENT = np.dtype([("time_s", np.float64), ("winner", np.int64)])
 
+#: An entry of an instance's heap of completions: what a search over a decode batch needs lies side by side.
+COMPLETION = np.dtype([("step", np.int64), ("context", np.int64), ("slot", np.int64)])
+
 #: An entry of the heap of TPOT deadlines.
 TIMER = np.dtype([("time_s", np.float64), ("request", np.int64)])
 
@@ -295,7 +300,7 @@ _FIELDS = (
     ("instances", INSTANCE, 1),  # [I]
     ("slots", SLOT, 1),  # [S]
     ("lists", np.dtype(np.int64), 3),  # [I + 1, LIST_COUNT, 3] head, tail, length
-    ("heaps", np.dtype(np.int64), 2),  # [I, S] slots keyed by their finishing step
+    ("heaps", COMPLETION, 2),  # [I, S] the selected, keyed by their finishing step
     ("block_phase", np.dtype(np.int64), 3),  # [I, 2, block_tokens] selected, by class and (context - steps) % block
     ("queue", EVENT, 1),  # [2 P] next event of each source, and the tournament over them
     ("costs", COST, 2),  # [I, 2] what times an instance, what schedulers predict with
@@ -316,7 +321,7 @@ class Cluster:
     instances: npt.NDArray[np.void]
     slots: npt.NDArray[np.void]
     lists: npt.NDArray[np.int64]
-    heaps: npt.NDArray[np.int64]
+    heaps: npt.NDArray[np.void]
     block_phase: npt.NDArray[np.int64]
     queue: npt.NDArray[np.void]
     costs: npt.NDArray[np.void]

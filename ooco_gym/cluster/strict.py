@@ -52,6 +52,36 @@ def _next_source(c, instance):
 
 
 @kernel
+def _closest_decode(c, source, length, free_tokens):
+    """The offline decode of ``source`` with the best migration score that fits, the first come of equals, or NONE."""
+    best = NONE
+    best_score = math.inf
+    steps = c.instances[source].steps
+    for at in range(c.instances[source].heap_size):  # those that decode
+        entry = c.heaps[source, at]
+        context = entry.context + steps
+        score = migration_score(c, length, context)
+        if context <= free_tokens and score <= best_score:
+            record = c.slots[entry.slot]
+            free = record.online == NONE and record.leaving == 0
+            if free and (score < best_score or record.order < c.slots[best].order):
+                best, best_score = entry.slot, score
+    slot = lists.last(c, source, OFFLINE_DECODES)
+    tail = NONE
+    while slot != NONE and c.slots[slot].selected == 0:  # and those that have joined since
+        tail = slot
+        slot = c.slots[slot].prev
+    while tail != NONE:
+        record = c.slots[tail]
+        if record.context <= free_tokens and record.leaving == 0:
+            score = migration_score(c, length, record.context)
+            if score < best_score:
+                best, best_score = tail, score
+        tail = record.next
+    return best
+
+
+@kernel
 def pull(c, instance, was_decoding):
     """Ask one relaxed instance, in turn, for the offline decode closest to the preferred length."""
     world = c.world[0]
@@ -76,16 +106,7 @@ def pull(c, instance, was_decoding):
         return
     length = math.floor(length) * c.world[0].knobs[PULL_LENGTH]
     advance_to_time(c, source, world.now_s)
-    best = NONE
-    best_score = math.inf
-    slot = lists.first(c, source, OFFLINE_DECODES)
-    while slot != NONE:
-        context = context_now(c, slot)
-        if context <= free_tokens and c.slots[slot].leaving == 0:
-            score = migration_score(c, length, context)
-            if score < best_score:
-                best, best_score = slot, score
-        slot = c.slots[slot].next
+    best = _closest_decode(c, source, length, free_tokens)
     if best == NONE:
         return
     c.slots[best].leaving = 1
@@ -110,6 +131,8 @@ def push_back_offline(c, instance):
     least = math.inf
     for other in range(world.instances):
         if c.instances[other].role == RELAXED and unavailability(c, other) == 0:
+            if c.instances[other].used_blocks / c.instances[other].kv_blocks >= least:
+                continue  # as last accounted; by now it can only have grown
             advance_to_time(c, other, world.now_s)
             share = c.instances[other].used_blocks / c.instances[other].kv_blocks
             if share < least:

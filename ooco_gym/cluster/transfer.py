@@ -76,9 +76,11 @@ def hand_over(c, slot):
     for instance in range(world.instances):
         if c.instances[instance].role == STRICT:
             rank = unavailability(c, instance)
-            advance_to_time(c, instance, world.now_s)  # its KV as of now
+            if rank > best_rank or (rank == best_rank and placement_score(c, instance, slot) >= best):
+                continue  # by its KV as last accounted, which can only have grown
+            advance_to_time(c, instance, world.now_s)
             score = placement_score(c, instance, slot)
-            if rank < best_rank or (rank == best_rank and score < best):
+            if rank < best_rank or score < best:
                 target, best_rank, best = instance, rank, score
     if target == record.instance:  # it changed its role while the request was held
         join(c, target, slot)

@@ -14,13 +14,11 @@ from ooco_gym.cluster import Simulator, action_to_knobs
 from ooco_gym.cluster.control import KNOB_COUNT
 from ooco_gym.cluster.loop import REACHED, run_many, set_knobs_many
 from ooco_gym.cluster.observation import OBSERVATION_SIZE, observe_many
+from ooco_gym.cluster.outcome import counters_many
 from ooco_gym.cluster.telemetry import deployment, fill_many
 from ooco_gym.envs.reward import Interval
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
-
-_COUNTERS = ("credited_prompt_tokens", "credited_output_tokens", "violations")
-
 
 class Batch:
     """N episodes, each of its own scenario, in the same compiled calls and, where cores allow, in as many threads."""
@@ -61,8 +59,9 @@ class Batch:
         self.simulators[index] = simulator
         self._observe(np.array([index]))
 
-    def is_over(self, index: int) -> bool:
-        return self._simulator(index).now_s >= float(self._horizon_s[index])
+    def over(self, active: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether each of the episodes ``active`` [M] has reached its end."""
+        return self._counters(active)[:, 0] >= self._horizon_s[active]
 
     def step(self, actions: npt.NDArray[np.float64], active: npt.NDArray[np.int64]) -> Interval:
         """Apply ``actions`` float64 [M, KNOB_COUNT] to the episodes ``active`` [M] for one control interval.
@@ -70,7 +69,7 @@ class Batch:
         Updates ``observations`` in place; returns what the interval brought, fields [M].
         """
         knobs = action_to_knobs(actions)
-        before = np.array([_read(self._simulator(index)) for index in active.tolist()])
+        before = self._counters(active)
         until_s = before[:, 0] + self.control_interval_s
         horizon_s = self._horizon_s[active]
         until_s = np.where(until_s > horizon_s - 1e-6 * self.control_interval_s, horizon_s, until_s)
@@ -82,8 +81,7 @@ class Batch:
             jobs = [self._pool.submit(self._advance, active[part], knobs[part], until_s[part]) for part in parts]
             for job in jobs:
                 job.result()
-        after = np.array([_read(self._simulator(index)) for index in active.tolist()])
-        interval_s, prompt_tokens, output_tokens, violations = (after - before).T
+        interval_s, prompt_tokens, output_tokens, violations = (self._counters(active) - before).T
         return Interval(
             interval_s=interval_s,
             instances=self._instances[active],
@@ -120,10 +118,11 @@ class Batch:
         observe_many(fill_many(self._addresses(active), records), observations)
         self.records[active], self.observations[active] = records, observations
 
-
-def _read(simulator: Simulator) -> list[float]:
-    world = simulator.cluster.world[0]
-    return [float(world["now_s"]), *(float(world[name]) for name in _COUNTERS)]
+    def _counters(self, active: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Read anew each time: whoever holds a simulator may advance or restore it."""
+        counters = np.empty((len(active), 4))
+        counters_many(self._addresses(active), counters)
+        return counters
 
 
 def checked_actions(actions: object, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:

@@ -112,10 +112,10 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
     def step(self, action: npt.NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Apply the knobs of ``action`` for one control interval."""
         simulator = self._running("step")
-        if self._batch.is_over(0):
+        if self._batch.over(_ONLY)[0]:
             raise gym.error.ResetNeeded("the episode is over, reset() starts the next one")
         interval = self._batch.step(checked_actions(action, (KNOB_COUNT,))[None], _ONLY).row(0)
-        truncated = self._batch.is_over(0)
+        truncated = bool(self._batch.over(_ONLY)[0])
         info: dict[str, Any] = {"interval": interval}
         if truncated:
             info["outcome"] = simulator.outcome().to_dict()

@@ -117,7 +117,7 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
             interval = self._batch.step(checked[active], active)
             rewards[active] = self.reward(interval)
             infos |= self._interval_infos(interval, active)
-            truncations[active] = [self._batch.is_over(index) for index in active.tolist()]
+            truncations[active] = self._batch.over(active)
         self._over = truncations.copy()
         for index in np.flatnonzero(truncations).tolist():
             infos = self._end(index, infos)

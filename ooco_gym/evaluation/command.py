@@ -115,12 +115,11 @@ def scenario_of(config: Mapping[str, Any]) -> Scenario:
     return build_scenario({key: config[key] for key in SCENARIO_KEYS if key in config})
 
 
-def compile_kernel(scenario: Scenario, console: Console) -> None:
-    """Load the compiled simulator, saying so: the first time on a machine takes about half a minute."""
-    with console.status("loading the simulator (compiled once per machine, about half a minute)"):
-        simulator = Simulator(scenario)
-        simulator.run(0.0)
-        simulator.telemetry()
+def compile_kernel(scenario: Scenario) -> None:
+    """Load the compiled simulator before anything is timed or shown; the first time it is compiled, which says so."""
+    simulator = Simulator(scenario)
+    simulator.run(0.0)
+    simulator.telemetry()
 
 
 def admit_scenario(scenario: Scenario, config: Mapping[str, Any], console: Console) -> Admission:
