@@ -2,11 +2,13 @@
 
     python experiments/speed.py                     every case whose trace is there; a few minutes
     python experiments/speed.py --cases a0 a1       some of them
+    python experiments/speed.py --growth            how cost grows with instances and with load
     python experiments/speed.py --dynosim           beside DynoSim on the same requests (sets up its own environment)
 
-Each case runs in a process of its own, on one core, `--repeats` times after one run that is not counted; the table
-shows medians. An *iteration* is what an engine would execute; *executed* are the events of the simulator, of which a
-run of unchanged decode iterations is one. results.json goes to `--out`.
+Each case runs in a process of its own, `--repeats` times after one run that is not counted; the tables show medians.
+The simulator's cases and `vec` are held to one core. An *iteration* is what an engine would execute; *executed* are the
+events of the simulator, of which a run of unchanged decode iterations is one. A *step* is one control interval of one
+environment. results.json goes to `--out`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from rich.table import Table
 
 from ooco_gym import presets
 from ooco_gym.cluster import Simulator
-from ooco_gym.cluster.control import knobs_from_mapping
+from ooco_gym.cluster.control import knobs_from_mapping, ooco_action
+from ooco_gym.envs import ClusterVectorEnv
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario, build_scenario
 from ooco_gym.workload import Requests
@@ -85,11 +88,24 @@ CASES = {
 }
 
 
-def measure(name: str, data_dir: str | None, repeats: int) -> dict[str, Any]:
-    """One case in this process, held to one core."""
+#: How cost grows: the same load per instance on ever more instances, and ever more load on the same sixteen.
+GROWTH = {
+    **{f"n{2 * pool}": (f"{pool}+{pool}, {pool / 2:g} x the load", case(CONVERSATION, pool, pool / 2, offline=True))
+       for pool in (1, 2, 4, 8, 16, 32, 64)},
+    **{f"l{load:g}": (f"8+8, {load:g} x the load", case(CONVERSATION, 8, load, offline=True))
+       for load in (0.5, 1.0, 2.0, 4.0, 6.0)},
+}  # fmt: skip
+
+
+def one_core() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    scenario, knobs = CASES[name][1](data_dir)
+
+
+def measure(name: str, data_dir: str | None, repeats: int) -> dict[str, Any]:
+    """One case of the simulator in this process."""
+    one_core()
+    scenario, knobs = {**CASES, **GROWTH}[name][1](data_dir)
     before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     seconds = []
     for repeat in range(repeats + 1):
@@ -103,7 +119,7 @@ def measure(name: str, data_dir: str | None, repeats: int) -> dict[str, Any]:
     world, cpu_s = simulator.cluster.world[0], median(seconds[1:])
     requests = int(world["online_finished"]) + int(world["offline_finished"])
     return {
-        "what": CASES[name][0],
+        "what": {**CASES, **GROWTH}[name][0],
         "cpu_s": cpu_s,
         "cpu_s_of_each": seconds[1:],
         "requests": requests,
@@ -111,11 +127,59 @@ def measure(name: str, data_dir: str | None, repeats: int) -> dict[str, Any]:
         "iterations_per_cpu_s": int(world["iterations"]) / cpu_s,
         "executed_iterations_per_cpu_s": int(world["events"]) / cpu_s,
         "requests_per_cpu_s": requests / cpu_s,
+        "output_tokens_per_iteration": _output_tokens(simulator) / int(world["iterations"]),
         "simulated_s_per_cpu_s": scenario.horizon_s / cpu_s,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "peak_mib_before_the_episode": before_mib,
     }
 
+
+def _output_tokens(simulator: Simulator) -> int:
+    """Tokens that iterations emitted: the mean over iterations is the mean batch, but for what was cut off."""
+    cluster = simulator.cluster
+    finished = cluster.online["finish_s"] < np.inf
+    return int(cluster.online["output"][finished].sum() + cluster.world[0]["credited_output_tokens"])
+
+
+def measure_vec(repeats: int) -> dict[str, Any]:
+    """The native vector environment under OOCO's action: control steps per second of one core."""
+    one_core()
+    environments = ClusterVectorEnv(64, threads=1)
+    actions = np.tile(ooco_action(), (64, 1))
+    environments.reset(seed=0)
+    seconds = []
+    for _ in range(repeats + 1):
+        started_s = time.process_time()
+        for _ in range(100):
+            environments.step(actions)
+        seconds.append(time.process_time() - started_s)
+    return {"steps_per_cpu_s": 6400 / median(seconds[1:]), "steps_per_cpu_s_of_each": [6400 / s for s in seconds[1:]]}
+
+
+def measure_ppo(repeats: int) -> dict[str, Any]:
+    """PPO of stable-baselines3 end to end on all cores, from a random policy: environment steps per second."""
+    import torch
+    from stable_baselines3 import PPO
+
+    from agents.vec_env import Sb3VecEnv
+
+    torch.set_num_threads(1)
+    environments = Sb3VecEnv(ClusterVectorEnv(64, autoreset_mode="SameStep"))
+    model = PPO("MlpPolicy", environments, n_steps=128, batch_size=2048, n_epochs=4, seed=0, device="cpu",
+                policy_kwargs={"net_arch": [64, 64]})  # fmt: skip
+    steps, rates, cpu_s = 3 * 64 * 128, [], []
+    for _ in range(repeats + 1):
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
+        model.learn(steps, reset_num_timesteps=False)
+        rates.append(steps / (time.perf_counter() - started_s))
+        cpu_s.append(steps / (time.process_time() - started_cpu_s))
+    return {"steps_per_s": median(rates[1:]), "steps_per_s_of_each": rates[1:], "steps_per_cpu_s": median(cpu_s[1:])}
+
+
+LEARNING = {
+    "vec": ("native vector environment, 64 x 2+2 instances, 1 s interval, ooco, one core", measure_vec),
+    "ppo": ("PPO end to end on it, n_steps 128, batch 2048, 4 epochs, 64x64, all cores", measure_ppo),
+}
 
 _DYNOSIM = """
 import json, sys, time
@@ -162,8 +226,8 @@ def run_case(name: str, arguments: argparse.Namespace, console: Console) -> dict
     command = [sys.executable, __file__, "--one", name, "--repeats", str(arguments.repeats)]
     if arguments.data_dir:
         command += ["--data-dir", arguments.data_dir]
-    with console.status(f"{name}: {CASES[name][0]}"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with console.status(f"{name}: {ALL[name][0]}"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     if done.returncode == 3:
         console.print(f"{name}: left out, {done.stderr.strip().splitlines()[-1]}")
         return None
@@ -173,15 +237,35 @@ def run_case(name: str, arguments: argparse.Namespace, console: Console) -> dict
     return found
 
 
+def _environment() -> dict[str, str]:
+    """A child finds the packages beside this folder."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
+def print_steps(results: dict[str, dict[str, Any]], console: Console) -> None:
+    for name, row in results.items():
+        rate = "steps_per_s" if "steps_per_s" in row else "steps_per_cpu_s"
+        each = row[f"{rate}_of_each"]
+        unit = "second" if rate == "steps_per_s" else "CPU second"
+        console.print(
+            f"{name}: [bold]{row[rate]:,.0f}[/bold] steps per {unit} ({min(each):,.0f} to {max(each):,.0f}); "
+            f"{LEARNING[name][0]}"
+        )
+
+
 def print_table(results: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table(title="per CPU second, one core", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("case", "iterations", "executed", "requests", "simulated s", "CPU s", "peak MiB"):
+    headings = ("case", "iterations", "executed", "ns/iter.", "tokens/iter.", "requests", "simulated s", "CPU s", "MiB")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for name, row in results.items():
         table.add_row(
             name,
             f"{row['iterations_per_cpu_s'] / 1e6:.2f} M",
             f"{row['executed_iterations_per_cpu_s'] / 1e6:.2f} M",
+            f"{1e9 / row['iterations_per_cpu_s']:.0f}",
+            f"{row['output_tokens_per_iteration']:.0f}",
             f"{row['requests_per_cpu_s']:,.0f}",
             f"{row['simulated_s_per_cpu_s']:,.0f}",
             f"{row['cpu_s']:.3f}",
@@ -192,33 +276,43 @@ def print_table(results: dict[str, dict[str, Any]], console: Console) -> None:
         console.print(f"  {name}: {row['what']}")
 
 
+ALL: dict[str, tuple[str, Any]] = {**CASES, **GROWTH, **LEARNING}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
-                        help="; ".join(f"{name}: {what}" for name, (what, _) in CASES.items()))  # fmt: skip
+    standard = {**CASES, **LEARNING}
+    parser.add_argument("--cases", nargs="+", choices=ALL, default=list(standard), metavar="CASE",
+                        help="; ".join(f"{name}: {what}" for name, (what, _) in standard.items()))  # fmt: skip
+    parser.add_argument("--growth", action="store_true", help="the growth cases instead: " + ", ".join(GROWTH))
     parser.add_argument("--repeats", type=int, default=5, help="counted runs per case (default 5)")
     parser.add_argument("--data-dir", help="folder of real traces; otherwise OOCO_DATA, otherwise ../shared/data")
     parser.add_argument("--dynosim", action="store_true", help="run DynoSim on a0's requests, too")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of results.json (runs/speed)")
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=ALL, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats is {arguments.repeats}, at least 1 is needed")
     if arguments.one:
         try:
-            print(json.dumps(measure(arguments.one, arguments.data_dir, arguments.repeats)))
+            if arguments.one in LEARNING:
+                found = LEARNING[arguments.one][1](arguments.repeats)
+            else:
+                found = measure(arguments.one, arguments.data_dir, arguments.repeats)
+            print(json.dumps(found))
         except OocoError as error:
             print(error, file=sys.stderr)
             sys.exit(3)
         return
-    console = Console()
-    results = {}
-    for name in arguments.cases:
-        if (row := run_case(name, arguments, console)) is not None:
-            results[name] = row
-    print_table(results, console)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    found = {name: run_case(name, arguments, console) for name in (GROWTH if arguments.growth else arguments.cases)}
+    results = {name: row for name, row in found.items() if row is not None and name not in LEARNING}
+    steps = {name: row for name, row in found.items() if row is not None and name in LEARNING}
+    if results:
+        print_table(results, console)
+    print_steps(steps, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    output: dict[str, Any] = {"cases": results, "repeats": arguments.repeats}
+    output: dict[str, Any] = {"cases": results, "steps": steps, "repeats": arguments.repeats}
     if arguments.dynosim and "a0" in results:
         dynosim = measure_dynosim(arguments.out, arguments.data_dir, arguments.repeats, console)
         ratio = results["a0"]["online_requests"] / results["a0"]["cpu_s"] / dynosim["requests_per_cpu_s"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from ooco_gym.cluster.telemetry import deployment, fill_many
 from ooco_gym.envs.reward import Interval
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
+
 
 class Batch:
     """N episodes, each of its own scenario, in the same compiled calls and, where cores allow, in as many threads."""
@@ -47,12 +48,18 @@ class Batch:
         """Copies and pickles leave the threads behind and start their own."""
         return {**self.__dict__, "_pool": None}
 
-    def start(self, index: int, seed: int) -> None:
-        """Begin an episode: its warm-up under OOCO's knobs."""
+    def start(self, seeds: Mapping[int, int]) -> None:
+        """Begin the episode of each index from its seed: a warm-up under OOCO's knobs."""
+        parallel = self._threads > 1 and len(seeds) > 1
+        each: Callable[..., Iterator[Simulator]] = self._workers().map if parallel else map
+        for index, simulator in zip(seeds, each(self._warmed_up, seeds, seeds.values()), strict=True):
+            self.adopt(index, simulator)
+
+    def _warmed_up(self, index: int, seed: int) -> Simulator:
         scenario = self.scenarios[index]
         simulator = Simulator(scenario, self.rules, seed)
         simulator.run(scenario.warmup_s)
-        self.adopt(index, simulator)
+        return simulator
 
     def adopt(self, index: int, simulator: Simulator) -> None:
         """Take a simulator as it stands, and observe it."""
@@ -76,9 +83,8 @@ class Batch:
         if self._threads == 1:
             self._advance(active, knobs, until_s)
         else:
-            self._pool = self._pool or ThreadPoolExecutor(self._threads)
             parts = [part for part in np.array_split(np.arange(len(active)), self._threads) if len(part)]
-            jobs = [self._pool.submit(self._advance, active[part], knobs[part], until_s[part]) for part in parts]
+            jobs = [self._workers().submit(self._advance, active[part], knobs[part], until_s[part]) for part in parts]
             for job in jobs:
                 job.result()
         interval_s, prompt_tokens, output_tokens, violations = (self._counters(active) - before).T
@@ -89,6 +95,10 @@ class Batch:
             violations=violations,
             mean_arrivals=self._arrivals_per_s[active] * interval_s,
         )
+
+    def _workers(self) -> ThreadPoolExecutor:
+        self._pool = self._pool or ThreadPoolExecutor(self._threads)
+        return self._pool
 
     def close(self) -> None:
         if self._pool is not None:

@@ -105,7 +105,7 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         """Start an episode. ``seed`` fixes the whole workload and noise; without one, each episode draws its own."""
         super().reset(seed=seed)
         episode_seed = seed if seed is not None else int(self.np_random.integers(2**62))
-        self._batch.start(0, episode_seed)
+        self._batch.start({0: episode_seed})
         self._history = []
         return self._observe(), {"seed": episode_seed}
 

@@ -86,19 +86,23 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
                 raise OocoError(f"reset_mask is {mask!r}, {self.num_envs} booleans are needed")
             chosen = np.flatnonzero(mask)
         seeds = _seeds(seed, self.num_envs)
-        infos: dict[str, Any] = {}
-        for index in chosen.tolist():
-            given = seeds[index]
-            if given is not None:
+        for index, given in enumerate(seeds):
+            if given is not None and index in chosen:
                 self._randoms[index] = seeding.np_random(given)[0]
-            infos = self._add_info(infos, self._start(index, given), index)
+        infos = self._start({index: seeds[index] for index in chosen.tolist()}, {})
         return self._batch.observations.copy(), infos
 
-    def _start(self, index: int, seed: int | None = None) -> dict[str, Any]:
-        episode_seed = seed if seed is not None else int(self._randoms[index].integers(2**62))
-        self._batch.start(index, episode_seed)
-        self._over[index] = False
-        return {"seed": episode_seed}
+    def _start(self, seeds: Mapping[int, int | None], infos: dict[str, Any]) -> dict[str, Any]:
+        """Begin episodes; those without a seed draw their own."""
+        chosen = {
+            index: seed if seed is not None else int(self._randoms[index].integers(2**62))
+            for index, seed in seeds.items()
+        }
+        self._batch.start(chosen)
+        self._over[list(chosen)] = False
+        for index, seed in chosen.items():
+            infos = self._add_info(infos, {"seed": seed}, index)
+        return infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Apply one action per sub-environment, [N, KNOB_COUNT], for one control interval each."""
@@ -111,16 +115,19 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
         rewards = np.zeros(self.num_envs)
         truncations = np.zeros(self.num_envs, np.bool_)
         infos: dict[str, Any] = {}
-        for index in np.flatnonzero(self._over).tolist():
-            infos = self._add_info(infos, self._start(index), index)
+        if self._over.any():
+            infos = self._start(dict.fromkeys(np.flatnonzero(self._over).tolist()), infos)
         if len(active):
             interval = self._batch.step(checked[active], active)
             rewards[active] = self.reward(interval)
             infos |= self._interval_infos(interval, active)
             truncations[active] = self._batch.over(active)
         self._over = truncations.copy()
-        for index in np.flatnonzero(truncations).tolist():
-            infos = self._end(index, infos)
+        ended = np.flatnonzero(truncations).tolist()
+        for index in ended:
+            infos = self._add_info(infos, self._last(index), index)
+        if ended and self.autoreset_mode is AutoresetMode.SAME_STEP:
+            infos = self._start(dict.fromkeys(ended), infos)
         return self._batch.observations.copy(), rewards, np.zeros(self.num_envs, np.bool_), truncations, infos
 
     def _interval_infos(self, interval: Interval, active: npt.NDArray[np.int64]) -> dict[str, Any]:
@@ -134,15 +141,14 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
             infos |= {name: values, f"_{name}": mask}
         return infos
 
-    def _end(self, index: int, infos: dict[str, Any]) -> dict[str, Any]:
-        """An episode ended with this step."""
+    def _last(self, index: int) -> dict[str, Any]:
+        """What is said of an episode that ended with this step."""
         simulator = self._batch.simulators[index]
         assert simulator is not None
         last = {"outcome": simulator.outcome().to_dict()}
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
-            return self._add_info(infos, last, index)
-        ended = {"final_obs": self._batch.observations[index].copy(), "final_info": last}
-        return self._add_info(self._add_info(infos, ended, index), self._start(index), index)
+            return last
+        return {"final_obs": self._batch.observations[index].copy(), "final_info": last}
 
     def close_extras(self, **kwargs: Any) -> None:
         self._batch.close()
