@@ -202,7 +202,7 @@ def test_every_preset_resolves(group):
         wide = {"qwen2.5-72b": 4, "llama-3.1-70b": 4, "qwen3-32b": 2, "qwen3-30b-a3b": 2}  # ranks that hold the weights
         scenario = build_scenario({"cluster": {"tensor_parallel": wide.get(name, 1)}} | {group: name})
         assert scenario.kv_blocks > 1000 and (scenario.true_cost["layers"] > 0).all()
-        assert 0.005 < scenario.decode_floor_s < 0.05 and 1 < scenario.saturation_batch < 4096
+        assert 0.002 < scenario.decode_floor_s < 0.05 and 1 < scenario.saturation_batch < 4096
 
 
 def test_every_preset_without_data_files_simulates():
