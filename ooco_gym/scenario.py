@@ -210,6 +210,10 @@ class Scenario:
         settings = {**self.settings, "rate_scale": rate_scale}
         return replace(self, online=self.online.with_rate_scale(rate_scale), settings=settings)
 
+    def with_offline_rate(self, rate_per_s: float) -> Scenario:
+        """The same offline mix, arriving as a Poisson process of ``rate_per_s`` requests per second."""
+        return replace(self, offline=self.offline.with_rate(rate_per_s))
+
     def without_offline(self) -> Scenario:
         return replace(self, offline=replace(self.offline, kind="none"))
 
