@@ -8,7 +8,7 @@ iterations of an episode, Minkowski's inequality gives
 whatever the batches were; where an operator costs the larger of the two, the larger of the sums bounds it the same way.
 The sums are linear in the work: compute in tokens and attention pairs; memory in tokens, KV reads and, per iteration,
 the weights. The number of iterations is at least the prompt tokens over the largest batch, and at least the KV read by
-all decode steps over what one instance's cache holds. So an episode with its online requests and x times the offline mix
+all decode steps over what one cache holds. So an episode with its online requests and x times the offline mix
 takes no less than T(x) instance seconds, and x is bounded by T(x) = instances * horizon.
 
 What makes it loose, in the order of its weight: latency objectives are ignored; the pools' roles are ignored (both
