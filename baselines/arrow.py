@@ -1,9 +1,9 @@
-"""Arrow-like role switching (Wu et al., arXiv 2505.11916): instances change pool as the load's prefill:decode ratio moves.
+"""Arrow-like role switching (Wu et al., arXiv 2505.11916): instances change pool as the load changes its mix.
 
 Every interval the pressure on either pool is read from telemetry: predicted prefill ahead of a new online request, as a
-share of the TTFT SLO, and predicted strict iteration of the online part, as a share of the TPOT SLO. The share of strict
-instances leans towards the pool under more pressure. The simulator changes one role per 10 s and drains first, where
-Arrow's instances are stateless and switch at once. Offline work fills as under online-priority.
+share of the TTFT SLO, and predicted strict iteration of the online part, as a share of the TPOT SLO. The share of
+strict instances leans towards the pool under more pressure. The simulator changes one role per 10 s and drains first,
+where Arrow's instances are stateless and switch at once. Offline work fills as under online-priority.
 """
 
 from collections.abc import Mapping

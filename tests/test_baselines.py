@@ -31,8 +31,10 @@ def runs():
 
 
 def test_the_four_are_known_and_unknown_ones_list_them():
-    assert baselines.known() == NAMES
-    with pytest.raises(OocoError, match="unknown baseline 'sjf': known are base-pd, no-offline, online-priority, ooco"):
+    assert set(NAMES) <= set(baselines.known())
+    with pytest.raises(
+        OocoError, match=r"unknown baseline 'sjf': known are .*base-pd.* no-offline, online-priority, ooco"
+    ):
         baselines.load("sjf")
 
 

@@ -13,7 +13,8 @@ from ooco_gym.specs import ClusterSpec, FaultSpec
 
 def test_groups_and_names():
     assert {path.name for path in presets.conf_dir().iterdir() if path.is_dir()} >= set(DEFAULT_PRESETS)
-    assert presets.names("cluster") == ["1x3", "2x2", "3x1", "8x8", "unified4"]
+    assert {"1x3", "2x2", "3x1", "8x8", "unified4"} <= set(presets.names("cluster"))
+    assert presets.names("cluster") == sorted(presets.names("cluster"))
     assert presets.names("slo") == ["loose", "medium", "tight", "two-classes"]
     assert presets.names("faults") == ["none", "unreliable"]
     assert {"llama-3.1-70b", "qwen2.5-7b", "qwen3-30b-a3b"} <= set(presets.names("model"))
