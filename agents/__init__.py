@@ -12,9 +12,9 @@ from typing import Any
 
 from agents.training import Training
 from ooco_gym.errors import OocoError
-from ooco_gym.policy import NetworkPolicy
+from ooco_gym.policy import SavedPolicy
 
-_NOT_AGENTS = ("training", "tracking", "closing")
+_NOT_AGENTS = ("training", "tracking", "closing", "vec_env")
 
 
 def known() -> list[str]:
@@ -22,11 +22,11 @@ def known() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name not in _NOT_AGENTS)
 
 
-def load(name: str) -> Callable[[Training], NetworkPolicy]:
+def load(name: str) -> Callable[[Training], SavedPolicy]:
     """The training function of an agent; raises OocoError listing the known ones."""
     if name not in known():
         raise OocoError(f"unknown agent '{name}': known are {', '.join(known())}")
-    train: Callable[[Training], NetworkPolicy] = _function(name, "train")
+    train: Callable[[Training], SavedPolicy] = _function(name, "train")
     return train
 
 

@@ -11,11 +11,11 @@ from ooco_gym.cluster.telemetry import Telemetry
 from ooco_gym.evaluation import Admission, Case, Comparison, episode_seeds, run_episode
 from ooco_gym.evaluation.figures import plot_comparison, plot_knobs, plot_learning
 from ooco_gym.evaluation.report import print_comparison, write_json
-from ooco_gym.policy import NetworkPolicy, Policy
+from ooco_gym.policy import Policy, SavedPolicy
 
 
 def close_run(
-    run: Training, policy: NetworkPolicy, rivals: Sequence[Policy], admission: Admission, episodes: int
+    run: Training, policy: SavedPolicy, rivals: Sequence[Policy], admission: Admission, episodes: int
 ) -> None:
     """Evaluate the trained policy, its untrained self and the rivals on the same episodes, none of them seen before."""
     try:
@@ -26,7 +26,7 @@ def close_run(
 
 
 def _close_run(
-    run: Training, policy: NetworkPolicy, rivals: Sequence[Policy], admission: Admission, episodes: int
+    run: Training, policy: SavedPolicy, rivals: Sequence[Policy], admission: Admission, episodes: int
 ) -> None:
     scenario, role = admission.scenario, run.role
     case = Case(scenario, scenario.online.name, 1.0, admission.rate_scale, role, admission.violation_rate)

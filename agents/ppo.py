@@ -21,7 +21,7 @@ from agents.training import Training, typed_config
 from agents.vec_env import Sb3VecEnv
 from ooco_gym.cluster.control import KNOB_NAMES, action_to_knobs, ooco_action
 from ooco_gym.errors import OocoError
-from ooco_gym.policy import NetworkPolicy
+from ooco_gym.policy import NetworkPolicy, SavedPolicy
 
 
 @dataclass
@@ -166,7 +166,7 @@ class _Report(BaseCallback):  # type: ignore[misc]
         self.model.save(checkpoints / "latest")
 
 
-def train(run: Training) -> NetworkPolicy:
+def train(run: Training) -> SavedPolicy:
     """Train until the step budget or Ctrl-C; returns the best feasible policy seen in validation."""
     config = configure(run.config)
     model = build_model(run, config)

@@ -19,7 +19,7 @@ from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.episodes import run_episodes
 from ooco_gym.evaluation.seeds import episode_seeds
 from ooco_gym.evaluation.statistics import Estimate, summarise
-from ooco_gym.policy import NetworkPolicy, load_policy, save_policy
+from ooco_gym.policy import SavedPolicy, load_policy, save_policy
 from ooco_gym.scenario import Scenario
 
 #: A policy is kept as feasible when validation stays this far inside the line, so that fresh episodes do as well.
@@ -74,7 +74,7 @@ class Training:
             autoreset_mode=AutoresetMode.SAME_STEP,
         )
 
-    def validate(self, policy: NetworkPolicy, step: int, episodes: int) -> dict[str, Estimate]:
+    def validate(self, policy: SavedPolicy, step: int, episodes: int) -> dict[str, Estimate]:
         """Measure a policy on validation episodes and keep it if it is the best feasible one so far."""
         seeds = episode_seeds("validation", self.seed, episodes)
         summary = summarise(run_episodes(policy, self.scenario, seeds, self.control_interval_s))
@@ -91,19 +91,13 @@ class Training:
         """Whether any validated policy stayed safely within the feasible violation rate."""
         return self.best is not None and _rank(self.best)[0]
 
-    def best_policy(self) -> NetworkPolicy:
+    def best_policy(self) -> SavedPolicy:
         """The best feasible policy validated so far, as saved."""
-        return _network(self.folder / "policy")
+        return load_policy(self.folder / "policy")
 
-    def untrained_policy(self) -> NetworkPolicy:
+    def untrained_policy(self) -> SavedPolicy:
         """The policy as it was validated at step 0."""
-        return _network(self.folder / "untrained")
-
-
-def _network(folder: Path) -> NetworkPolicy:
-    policy = load_policy(folder)
-    assert isinstance(policy, NetworkPolicy)
-    return policy
+        return load_policy(self.folder / "untrained")
 
 
 def _rank(summary: dict[str, Estimate]) -> tuple[bool, float]:
