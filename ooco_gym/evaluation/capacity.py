@@ -60,6 +60,18 @@ class Capacity:
     rate_per_s: Estimate
     bounded_by: str  # "violations", "completions", or "search" where the largest rate was still sustained
     probes: tuple[Probe, ...]
+    draws: tuple[float, ...]  # resampled capacities; draw i of two policies on the same seeds is of the same episodes
+
+
+def capacity_ratio(ours: Capacity, theirs: Capacity) -> Estimate | None:
+    """Ours over theirs with a paired 95 % interval; None where theirs is 0."""
+    if theirs.rate_per_s.value == 0.0:
+        return None
+    value = ours.rate_per_s.value / theirs.rate_per_s.value
+    if not (ours.draws and len(ours.draws) == len(theirs.draws)):
+        return Estimate(value, value, value)
+    low, high = np.quantile(np.array(ours.draws) / np.maximum(theirs.draws, 1e-9), [0.025, 0.975])
+    return Estimate(value, min(float(low), value), max(float(high), value))
 
 
 class Prober:
@@ -153,7 +165,8 @@ def find_capacity(
         else:
             high = middle
     probes = tuple(sorted(prober.known.values(), key=lambda probe: probe.rate_per_s))
-    return Capacity(limit, _interval(probes, limit, low, len(prober.seeds)), _bound(prober, limit, high), probes)
+    draws = _resample(probes, limit, len(prober.seeds))
+    return Capacity(limit, _interval(draws, low), _bound(prober, limit, high), probes, draws)
 
 
 def _bound(prober: Prober, limit: float, high: float) -> str:
@@ -163,28 +176,36 @@ def _bound(prober: Prober, limit: float, high: float) -> str:
 
 
 def _crossing(probes: Sequence[Probe], limit: float, episodes: npt.NDArray[np.int64]) -> float:
-    """The rate at which one resample stops being sustained: the first failing probe, interpolated from the last good.
+    """The rate at which one resample stops being sustained: interpolated between the last probe that was and the next.
 
-    Either condition is read as a share of its limit, above 1 when it fails.
+    Either condition is read as a share of what is allowed, above 1 when it fails.
     """
-    last_rate, last_load = 0.0, 0.0
-    for probe in probes:
-        rate = probe.violation_rate(episodes)
-        violations = rate / limit if limit > 0 else 2.0 * (rate > 0)
-        missing = (1.0 - probe.completed_share(episodes)) / (1.0 - COMPLETED_SHARE)
-        load = max(violations, missing, 0.0)
-        if load > 1.0:
-            share = (1.0 - last_load) / max(load - last_load, 1e-12)
-            return last_rate + max(share, 0.0) * (probe.rate_per_s - last_rate)
-        last_rate, last_load = probe.rate_per_s, load
-    return last_rate
+    loads = [_load(probe, limit, episodes) for probe in probes]
+    sustained = [index for index, load in enumerate(loads) if load <= 1.0]
+    last = sustained[-1] if sustained else -1
+    rate, load = (probes[last].rate_per_s, loads[last]) if sustained else (0.0, 0.0)
+    if last + 1 == len(probes):
+        return rate
+    return rate + (1.0 - load) / (loads[last + 1] - load) * (probes[last + 1].rate_per_s - rate)
 
 
-def _interval(probes: Sequence[Probe], limit: float, found: float, episodes: int) -> Estimate:
-    """95 % percentile bootstrap over episodes of the interpolated crossing, around the rate that was found."""
+def _load(probe: Probe, limit: float, episodes: npt.NDArray[np.int64]) -> float:
+    rate = probe.violation_rate(episodes)
+    violations = rate / limit if limit > 0 else 2.0 * (rate > 0)
+    return max(violations, (1.0 - probe.completed_share(episodes)) / (1.0 - COMPLETED_SHARE), 0.0)
+
+
+def _resample(probes: Sequence[Probe], limit: float, episodes: int) -> tuple[float, ...]:
+    """Interpolated crossings of resampled episodes; none for a single episode."""
     if episodes < 2 or not probes:
-        return Estimate(found, found, found)
+        return ()
     random = np.random.default_rng(0)
-    draws = [_crossing(probes, limit, random.integers(episodes, size=episodes)) for _ in range(_RESAMPLES)]
+    return tuple(_crossing(probes, limit, random.integers(episodes, size=episodes)) for _ in range(_RESAMPLES))
+
+
+def _interval(draws: Sequence[float], found: float) -> Estimate:
+    """95 % percentile interval of the resampled crossings, around the rate that was found."""
+    if not draws:
+        return Estimate(found, found, found)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Estimate(found, min(float(low), found), max(float(high), found))

@@ -1,0 +1,243 @@
+"""The paper's figure and table under stated assumptions: ``python experiments/reproduce_paper.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # baselines live in the checkout, not in the package
+
+import baselines
+from ooco_gym import presets
+from ooco_gym.errors import OocoError
+from ooco_gym.evaluation import admit, episode_seeds, run_episodes
+from ooco_gym.evaluation.bound import offline_bound
+from ooco_gym.evaluation.capacity import Capacity, Prober, capacity_ratio, find_capacity
+from ooco_gym.evaluation.command import compile_kernel, guarded, launch, listed, make_console, plain, save_config, whole
+from ooco_gym.evaluation.figures import colour
+from ooco_gym.evaluation.report import write_json
+from ooco_gym.evaluation.statistics import Estimate, summarise
+from ooco_gym.policy import Policy
+from ooco_gym.scenario import Scenario, build_scenario
+
+#: Fig. 23 of the report: sustained offline requests/s; the last column reached the end of its sweep.
+PUBLISHED = {
+    "azure-code-2023": {"base-pd": 3.0, "online-priority": 2.0, "ooco": 3.5},
+    "ooc-like": {"base-pd": 1.0, "online-priority": 1.0, "ooco": 3.0},
+}
+SCENARIO_KEYS = (
+    "model",
+    "hardware",
+    "cluster",
+    "slo",
+    "cost",
+    "offline",
+    "faults",
+    "episode_s",
+    "warmup_s",
+    "data_dir",
+)
+QUICK = {"seeds": 4, "episode_s": 200.0, "warmup_s": 40.0, "precision": 0.05}
+
+
+class Study:
+    """Policies on scenarios: admission once per scenario, every probe kept for the next start."""
+
+    def __init__(self, settings: Mapping[str, Any], folder: Path, console: Console) -> None:
+        self.settings, self.folder, self.console = settings, folder, console
+        self.seeds = episode_seeds("evaluation", int(settings["seed"]), int(settings["seeds"]))
+        self.policies: list[Policy] = [baselines.load(name) for name in settings["policies"]]
+
+    def admitted(self, workload: str, changes: Mapping[str, Any]) -> Scenario:
+        """The workload at the rate that the admission rule gives it on this cluster, times the ``load`` of changes."""
+        config = {key: self.settings[key] for key in SCENARIO_KEYS if key in self.settings}
+        config |= {key: value for key, value in changes.items() if key != "load"} | {"workload": workload}
+        with self.console.status(f"{workload} {dict(changes) or ''}: admission"):
+            admission = admit(build_scenario(config))
+        return admission.scenario.with_rate_scale(admission.rate_scale * float(changes.get("load", 1.0)))
+
+    def prober(self, policy: Policy, scenario: Scenario, label: str) -> Prober:
+        identity = json.dumps([repr(scenario), scenario.online.rate_scale, dict(policy.rules), label], default=str)
+        key = f"{policy.name} {label} {blake2b(identity.encode(), digest_size=8).hexdigest()}"
+        return Prober(policy, scenario, self.seeds, memory=self.folder / "probes.jsonl", key=key)
+
+    def capacities(self, scenario: Scenario, label: str, limits: list[float]) -> dict[str, dict[float, Capacity]]:
+        """Capacity of every policy at every limit."""
+        found: dict[str, dict[float, Capacity]] = {}
+        for policy in self.policies:
+            with self.console.status(f"{label}: {policy.name}") as status:
+                prober = self.prober(policy, scenario, label)
+                prober.on_probe = lambda probe, name=policy.name: status.update(  # type: ignore[misc]
+                    f"{label}: {name} at {probe.rate_per_s:.2f}/s violates {probe.violation_rate():.1%}"
+                )
+                guess = 1.0
+                found[policy.name] = {}
+                for limit in limits:
+                    capacity = find_capacity(prober, limit, guess, float(self.settings["precision"]))
+                    found[policy.name][limit] = capacity
+                    guess = max(capacity.rate_per_s.value, 0.1)
+        return found
+
+
+def show(estimate: Estimate | None, digits: int = 2) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def main_table(study: Study, workload: str, limits: list[float]) -> dict[str, Any]:
+    """One workload: capacities beside the published ones, saturated throughput, and the points of the curve."""
+    scenario = study.admitted(workload, {})
+    found = study.capacities(scenario, workload, limits)
+    bound = offline_bound(scenario, study.seeds)
+    published = PUBLISHED.get(workload, {})
+    title = f"{workload}: sustained offline requests/s; no scheduler can exceed {bound.offline_requests_per_s:.1f}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("policy", *(f"at {limit:.0%}" for limit in limits), "published", "saturated", "violations"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    rows: dict[str, Any] = {}
+    for policy in study.policies:
+        with study.console.status(f"{workload}: {policy.name} with an endless backlog"):
+            saturated = summarise(run_episodes(policy, scenario, study.seeds))
+        capacities = found[policy.name]
+        rows[policy.name] = {
+            "capacity_per_s": {f"{limit:g}": asdict(capacities[limit].rate_per_s) for limit in limits},
+            "bounded_by": {f"{limit:g}": capacities[limit].bounded_by for limit in limits},
+            "published_per_s": published.get(policy.name),
+            "saturated_requests_per_s": asdict(saturated["offline_requests_per_s"]),
+            "saturated_violation_rate": asdict(saturated["violation_rate"]),
+            "curve": curve(study, policy, scenario, workload),
+        }
+        table.add_row(
+            policy.name,
+            *(show(capacities[limit].rate_per_s) for limit in limits),
+            f"{published[policy.name]:.1f}" if policy.name in published else "",
+            f"{saturated['offline_requests_per_s'].value:.2f}",
+            f"{saturated['violation_rate'].value:.1%}",
+        )
+    study.console.print(table)
+    gains = {
+        rival: capacity_ratio(found["ooco"][limits[0]], found[rival][limits[0]])
+        for rival in ("base-pd", "online-priority")
+        if rival in found and "ooco" in found
+    }
+    for rival, gain in gains.items():
+        said = f", published {published['ooco'] / published[rival]:.2f}" if published else ""
+        study.console.print(f"  ooco / {rival} at {limits[0]:.0%}: {show(gain)}{said}")
+    return {
+        "rate_scale": scenario.online.rate_scale,
+        "online_requests_per_s": scenario.online.mean_rate_per_s,
+        "bound_requests_per_s": bound.offline_requests_per_s,
+        "policies": rows,
+        "gains_of_ooco": {rival: gain and asdict(gain) for rival, gain in gains.items()},
+    }
+
+
+def curve(study: Study, policy: Policy, scenario: Scenario, label: str) -> list[dict[str, float]]:
+    """Violation rate and completions over the grid of offline rates."""
+    prober = study.prober(policy, scenario, label)
+    points = []
+    for rate in study.settings["curve_per_s"]:
+        with study.console.status(f"{label}: {policy.name} at {rate:g}/s"):
+            probe = prober(float(rate))
+        points.append(
+            {"rate_per_s": rate, "violation_rate": probe.violation_rate(), "completed": probe.completed_share()}
+        )
+    return points
+
+
+def sensitivity(study: Study, workload: str, variants: Mapping[str, Mapping[str, Any]], limit: float) -> dict[str, Any]:
+    """Capacities with one assumption changed at a time."""
+    names = [policy.name for policy in study.policies]
+    title = f"{workload}, one assumption changed: offline requests/s at {limit:.0%}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("assumption", *names, "ooco / base-pd", "ooco / online-priority"):
+        table.add_column(heading, justify="left" if heading == "assumption" else "right")
+    rows: dict[str, Any] = {}
+    for label, changes in variants.items():
+        try:
+            scenario = study.admitted(workload, changes)
+        except OocoError as error:
+            study.console.print(f"{label}: left out, {error}")
+            continue
+        found = study.capacities(scenario, f"{workload} {label}", [limit])
+        ratios = [
+            capacity_ratio(found["ooco"][limit], found[rival][limit]) if {"ooco", rival} <= set(found) else None
+            for rival in ("base-pd", "online-priority")
+        ]
+        rows[label] = {name: asdict(found[name][limit].rate_per_s) for name in names}
+        table.add_row(label, *(f"{found[name][limit].rate_per_s.value:.2f}" for name in names), *map(show, ratios))
+    study.console.print(table)
+    return rows
+
+
+def draw(results: Mapping[str, Any], limit: float, path: Path) -> None:
+    """Violation rate over the offline rate, one panel per workload, published capacities as ticks on the line."""
+    workloads = list(results)
+    figure = Figure(figsize=(4.6 * len(workloads), 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, workload in zip(figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True):
+        for name, row in results[workload]["policies"].items():
+            x = [point["rate_per_s"] for point in row["curve"]]
+            y = [100 * point["violation_rate"] for point in row["curve"]]
+            axis.plot(x, y, marker=".", color=colour(name), label=name)
+            if row["published_per_s"]:
+                axis.plot(row["published_per_s"], 100 * limit, marker="v", markersize=8, color=colour(name))
+        axis.axhline(100 * limit, color="0.6", linewidth=0.8)
+        axis.set(title=workload, xlabel="offline requests/s", ylim=(0, 12))
+    figure.axes[0].set_ylabel("online SLO violations, %")
+    figure.axes[0].legend(fontsize=7, title="triangles: published", title_fontsize=7)
+    figure.savefig(path)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="paper")
+@guarded
+def main(config: DictConfig) -> None:
+    settings = plain(config)
+    if settings["quick"]:
+        settings |= QUICK
+        settings["sensitivity"] = dict(list(settings["sensitivity"].items())[:3])
+    whole(settings, "seeds", 2)
+    console, folder = make_console(), Path(HydraConfig.get().runtime.output_dir)
+    workloads, limits = listed(settings, "workloads"), [float(limit) for limit in listed(settings, "limits")]
+    for workload in workloads:
+        presets.load("workload", workload)
+    save_config(settings, folder)
+    study = Study(settings, folder, console)
+    compile_kernel(build_scenario({key: settings[key] for key in SCENARIO_KEYS if key in settings}))
+    results: dict[str, Any] = {"workloads": {}, "sensitivity": {}}
+    try:
+        for workload in workloads:
+            try:
+                results["workloads"][workload] = main_table(study, workload, limits)
+            except OocoError as error:
+                console.print(f"{workload}: left out, {error}")
+            write_json(folder / "results.json", results)
+        if settings["sensitivity"] and results["workloads"]:
+            first = next(iter(results["workloads"]))
+            results["sensitivity"] = sensitivity(study, first, settings["sensitivity"], limits[0])
+    except KeyboardInterrupt:
+        console.print(f"interrupted: run it again with hydra.run.dir={folder} to resume")
+        raise
+    finally:
+        write_json(folder / "results.json", results)
+    draw(results["workloads"], limits[0], folder / "capacity.png")
+    console.print(f"results.json, probes.jsonl and capacity.png: {folder}")
+
+
+if __name__ == "__main__":
+    launch(main)
