@@ -81,7 +81,7 @@ class Study:
         for policy in self.policies:
             with self.console.status(f"{label}: {policy.name}") as status:
                 prober = self.prober(policy, scenario, label)
-                prober.on_probe = lambda probe, name=policy.name: status.update(  # type: ignore[misc]
+                prober.on_probe = lambda probe, name=policy.name: status.update(
                     f"{label}: {name} at {probe.rate_per_s:.2f}/s violates {probe.violation_rate():.1%}"
                 )
                 guess = 1.0
