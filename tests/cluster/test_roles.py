@@ -1,6 +1,7 @@
 """Role changes, read from the event log: one per ten seconds, and none before what is on its way has arrived."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -24,7 +25,7 @@ def swinging(config, seed, period_s, rate_scale=1.0):
 
 def test_role_changes_begin_ten_seconds_apart_and_no_later():
     begun = [event.time_s for event in swinging({}, 0, 0.5) if event.kind == "draining"]
-    gaps = [later - earlier for earlier, later in zip(begun, begun[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(begun)]
     assert len(begun) > 8 and min(gaps) == pytest.approx(10.0) and min(gaps) >= 10.0
 
 
