@@ -27,6 +27,7 @@ from rich.table import Table
 from ooco_gym.cluster import Simulator
 from ooco_gym.cluster.control import knobs_from_mapping
 from ooco_gym.cluster.loop import run_many
+from ooco_gym.scenario import build_scenario
 
 sys.path.insert(0, str(Path(__file__).parent))
 from speed import CASES, one_core
@@ -108,8 +109,12 @@ def main() -> None:
     for tool in ("perf", "nm"):
         if shutil.which(tool) is None:
             sys.exit(f"'{tool}' is not on the PATH: this experiment needs Linux perf and binutils")
-    with tempfile.TemporaryDirectory() as folder, Console().status(f"{arguments.case}: sampling"):
-        counts = sample(arguments.case, arguments.data_dir, arguments.repeats, Path(folder))
+    try:
+        Simulator(build_scenario(), seed=0).run(1e-3)  # compiles, if that has to be, where it is not sampled
+        with tempfile.TemporaryDirectory() as folder, Console().status(f"{arguments.case}: sampling"):
+            counts = sample(arguments.case, arguments.data_dir, arguments.repeats, Path(folder))
+    except KeyboardInterrupt:
+        sys.exit(130)
     total, files = sum(counts.values()), Counter[str]()
     for (file, _), samples in counts.items():
         files[file] += samples

@@ -222,7 +222,7 @@ def measure_dynosim(folder: Path, data_dir: str | None, repeats: int, console: C
 
 
 def run_case(name: str, arguments: argparse.Namespace, console: Console) -> dict[str, Any] | None:
-    """One case in a process of its own; None, said why, where its trace is not at hand."""
+    """One case in a process of its own; None, said why, where its traces are not at hand."""
     command = [sys.executable, __file__, "--one", name, "--repeats", str(arguments.repeats)]
     if arguments.data_dir:
         command += ["--data-dir", arguments.data_dir]
@@ -241,6 +241,16 @@ def _environment() -> dict[str, str]:
     """A child finds the packages beside this folder."""
     root = str(Path(__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
+def prepared(folder: Path) -> Path:
+    """The folder for results.json, made before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json.part").touch()
+    except OSError as error:
+        sys.exit(f"--out {folder}: {error.strerror or error}; a folder that can be written to is needed")
+    return folder
 
 
 def print_steps(results: dict[str, dict[str, Any]], console: Console) -> None:
@@ -282,44 +292,69 @@ ALL: dict[str, tuple[str, Any]] = {**CASES, **GROWTH, **LEARNING}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     standard = {**CASES, **LEARNING}
-    parser.add_argument("--cases", nargs="+", choices=ALL, default=list(standard), metavar="CASE",
+    parser.add_argument("--cases", nargs="+", choices=ALL, metavar="CASE",
                         help="; ".join(f"{name}: {what}" for name, (what, _) in standard.items()))  # fmt: skip
     parser.add_argument("--growth", action="store_true", help="the growth cases instead: " + ", ".join(GROWTH))
     parser.add_argument("--repeats", type=int, default=5, help="counted runs per case (default 5)")
     parser.add_argument("--data-dir", help="folder of real traces; otherwise OOCO_DATA, otherwise ../shared/data")
-    parser.add_argument("--dynosim", action="store_true", help="run DynoSim on a0's requests, too")
-    parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of results.json (runs/speed)")
+    parser.add_argument(
+        "--dynosim",
+        action="store_true",
+        help="run DynoSim on a0's requests, too; "
+        "needs the package index and installs 60 MB into a virtual environment under --out",
+    )
+    parser.add_argument("--out", type=Path, help="folder of results.json (default runs/speed, or runs/growth)")
     parser.add_argument("--one", choices=ALL, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats is {arguments.repeats}, at least 1 is needed")
     if arguments.one:
         try:
-            if arguments.one in LEARNING:
-                found = LEARNING[arguments.one][1](arguments.repeats)
-            else:
-                found = measure(arguments.one, arguments.data_dir, arguments.repeats)
-            print(json.dumps(found))
+            learning = arguments.one in LEARNING
+            print(
+                json.dumps(
+                    LEARNING[arguments.one][1](arguments.repeats)
+                    if learning
+                    else measure(arguments.one, arguments.data_dir, arguments.repeats)
+                )
+            )
         except OocoError as error:
             print(error, file=sys.stderr)
             sys.exit(3)
         return
+    if arguments.growth and (arguments.cases or arguments.dynosim):
+        parser.error("--growth has cases of its own, without --cases and --dynosim")
+    cases = list(GROWTH) if arguments.growth else arguments.cases or list(standard)
+    if arguments.dynosim and "a0" not in cases:
+        parser.error("--dynosim is compared with a0, which is not among --cases")
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    found = {name: run_case(name, arguments, console) for name in (GROWTH if arguments.growth else arguments.cases)}
+    folder = prepared(arguments.out or Path("runs/growth" if arguments.growth else "runs/speed"))
+    found: dict[str, Any] = {}
+    interrupted = False
+    try:
+        Simulator(build_scenario(), seed=0).run(1e-3)  # compiles, if that has to be, where it can be seen
+        for name in cases:
+            found[name] = run_case(name, arguments, console)
+    except KeyboardInterrupt:
+        interrupted = True
     results = {name: row for name, row in found.items() if row is not None and name not in LEARNING}
     steps = {name: row for name, row in found.items() if row is not None and name in LEARNING}
+    if not results and not steps:
+        sys.exit("interrupted before anything was measured" if interrupted else "nothing was measured")
     if results:
         print_table(results, console)
     print_steps(steps, console)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     output: dict[str, Any] = {"cases": results, "steps": steps, "repeats": arguments.repeats}
-    if arguments.dynosim and "a0" in results:
-        dynosim = measure_dynosim(arguments.out, arguments.data_dir, arguments.repeats, console)
+    if arguments.dynosim and "a0" in results and not interrupted:
+        dynosim = measure_dynosim(folder, arguments.data_dir, arguments.repeats, console)
         ratio = results["a0"]["online_requests"] / results["a0"]["cpu_s"] / dynosim["requests_per_cpu_s"]
         output |= {"dynosim_requests_per_cpu_s": dynosim["requests_per_cpu_s"], "a0_over_dynosim": ratio}
         console.print(f"DynoSim: {dynosim['requests_per_cpu_s']:,.0f} requests per CPU s; a0 is {ratio:.0f} x as fast")
-    (arguments.out / "results.json").write_text(json.dumps(output, indent=2), encoding="utf-8")
-    console.print(f"results.json: {arguments.out}")
+    staged = folder / "results.json.part"
+    staged.write_text(json.dumps(output, indent=2), encoding="utf-8")
+    staged.replace(folder / "results.json")
+    console.print(f"{'interrupted, kept what was measured; ' if interrupted else ''}results.json: {folder}")
+    sys.exit(130 if interrupted else 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gymnasium.error import ClosedEnvironmentError
 
 from ooco_gym.cluster import Simulator, action_to_knobs
 from ooco_gym.cluster.control import KNOB_COUNT
@@ -16,7 +17,7 @@ from ooco_gym.cluster.loop import REACHED, run_many, set_knobs_many
 from ooco_gym.cluster.observation import OBSERVATION_SIZE, observe_many
 from ooco_gym.cluster.outcome import counters_many
 from ooco_gym.cluster.telemetry import deployment, fill_many
-from ooco_gym.envs.reward import Interval
+from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario
 
@@ -40,8 +41,12 @@ class Batch:
         self._ideal_s = np.array([(s.ideal_prompt_token_s, s.ideal_output_token_s) for s in scenarios])
         self._instances = np.array([scenario.instances for scenario in scenarios])
         self._arrivals_per_s = np.array([scenario.online.mean_rate_per_s for scenario in scenarios])
-        threads = min(threads or os.cpu_count() or 1, count)
-        self._threads = threads
+        if threads is not None and (
+            isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1
+        ):
+            raise OocoError(f"threads is {threads!r}, an integer of at least 1 is needed, or None for one per core")
+        self._threads = min(int(threads or os.cpu_count() or 1), count)
+        self._closed = False
         self._pool: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,6 +55,7 @@ class Batch:
 
     def start(self, seeds: Mapping[int, int]) -> None:
         """Begin the episode of each index from its seed: a warm-up under OOCO's knobs."""
+        self._check_open()
         parallel = self._threads > 1 and len(seeds) > 1
         each: Callable[..., Iterator[Simulator]] = self._workers().map if parallel else map
         for index, simulator in zip(seeds, each(self._warmed_up, seeds, seeds.values()), strict=True):
@@ -75,6 +81,7 @@ class Batch:
 
         Updates ``observations`` in place; returns what the interval brought, fields [M].
         """
+        self._check_open()
         knobs = action_to_knobs(actions)
         before = self._counters(active)
         until_s = before[:, 0] + self.control_interval_s
@@ -100,7 +107,12 @@ class Batch:
         self._pool = self._pool or ThreadPoolExecutor(self._threads)
         return self._pool
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedEnvironmentError("the environment is closed: make a new one")
+
     def close(self) -> None:
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -135,6 +147,24 @@ class Batch:
         return counters
 
 
+def checked_reward(reward: Any) -> Reward:
+    """The default reward for None; raises OocoError for what cannot be called."""
+    if reward is not None and not callable(reward):
+        raise OocoError(f"reward is {reward!r}, a callable from an Interval to a number is needed")
+    return IdealSeconds() if reward is None else reward
+
+
+def checked_rewards(values: Any, count: int) -> npt.NDArray[np.float64]:
+    """What a reward gave for ``count`` episodes, [count]; raises OocoError unless it is one number for each."""
+    try:
+        array = np.asarray(values, np.float64).reshape(count)
+    except (TypeError, ValueError):
+        array = np.full(1, np.nan)
+    if np.isnan(array).any():
+        raise OocoError(f"the reward gave {values!r}, {count} number{'s are' if count > 1 else ' is'} needed")
+    return array
+
+
 def checked_actions(actions: object, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Actions as an array of ``shape``; raises OocoError on another shape and on anything that is not finite."""
     try:
@@ -143,5 +173,8 @@ def checked_actions(actions: object, shape: tuple[int, ...]) -> npt.NDArray[np.f
         array = np.empty(0)
     if array.shape != shape or not np.isfinite(array).all():
         many = f"{shape[0]} rows of " if len(shape) > 1 else ""
-        raise OocoError(f"action is {actions!r}, {many}{KNOB_COUNT} finite numbers in [-1, 1] are needed")
+        given = f"an array {array.shape}" if array.size > KNOB_COUNT or array.shape != shape else repr(actions)
+        raise OocoError(
+            f"action is {given}, {many}{KNOB_COUNT} finite numbers are needed; beyond [-1, 1] they saturate"
+        )
     return array

@@ -14,9 +14,9 @@ from ooco_gym.cluster.control import KNOB_COUNT, check_rules
 from ooco_gym.cluster.observation import observation_bounds
 from ooco_gym.cluster.simulator import SimulatorState
 from ooco_gym.cluster.telemetry import Telemetry
-from ooco_gym.envs.batch import Batch, checked_actions
+from ooco_gym.envs.batch import Batch, checked_actions, checked_reward, checked_rewards
 from ooco_gym.envs.render import render_panel, render_text
-from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
+from ooco_gym.envs.reward import Interval, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario, build_scenario
 from ooco_gym.specs import is_number
@@ -86,7 +86,7 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
             raise OocoError(f"render_mode is '{render_mode}', accepted are {', '.join(self.metadata['render_modes'])}")
         self.rules = check_rules(rules or {})
         self.control_interval_s = float(control_interval_s)
-        self.reward = reward or IdealSeconds()
+        self.reward = checked_reward(reward)
         self.render_mode = render_mode
         low, high = observation_bounds()
         self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
@@ -119,7 +119,7 @@ class ClusterEnv(gym.Env[Observation, npt.NDArray[np.float32]]):
         info: dict[str, Any] = {"interval": interval}
         if truncated:
             info["outcome"] = simulator.outcome().to_dict()
-        return self._observe(), float(self.reward(interval)), False, truncated, info
+        return self._observe(), checked_rewards(self.reward(interval), 1)[0].item(), False, truncated, info
 
     def state(self) -> SimulatorState:
         """A snapshot of the episode for lookahead and debugging; see :meth:`restore`."""

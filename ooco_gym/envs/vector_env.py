@@ -13,13 +13,14 @@ from gymnasium.vector import AutoresetMode
 
 from ooco_gym.cluster.control import KNOB_COUNT, check_rules
 from ooco_gym.cluster.observation import observation_bounds
-from ooco_gym.envs.batch import Batch, checked_actions
-from ooco_gym.envs.reward import IdealSeconds, Interval, Reward
+from ooco_gym.envs.batch import Batch, checked_actions, checked_reward, checked_rewards
+from ooco_gym.envs.reward import Interval, Reward
 from ooco_gym.errors import OocoError
 from ooco_gym.scenario import Scenario, build_scenario
 from ooco_gym.specs import is_number
 
 Array = npt.NDArray[Any]
+_SEEDS_END = 2**63  # seeds are reported in an integer array
 Source = Scenario | Mapping[str, Any] | None
 
 
@@ -33,7 +34,8 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
     ``"Disabled"`` (``reset(options={"reset_mask": ...})``); ``threads`` defaults to the number of cores.
 
     ``reset(seed=s)`` seeds sub-environment i with s + i; every episode of a sub-environment draws its own seed from
-    there, as the scalar environment does. Episodes are truncated, never terminated.
+    there, as the scalar environment does. Episodes are truncated, never terminated. With ``"SameStep"`` the last
+    interval's entries stay at the top level of ``infos``, beside the seed of the next episode. It does not render.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (declared so by gymnasium)
@@ -48,8 +50,9 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         threads: int | None = None,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
             raise OocoError(f"num_envs is {num_envs!r}, an integer of at least 1 is needed")
+        num_envs = int(num_envs)
         scenarios = _scenarios(scenario, num_envs)
         shortest_s = min(entry.episode_s for entry in scenarios)
         if not (is_number(control_interval_s) and 0 < control_interval_s <= shortest_s):
@@ -65,7 +68,7 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.num_envs = num_envs
         self.render_mode = None
-        self.reward = reward or IdealSeconds()
+        self.reward = checked_reward(reward)
         low, high = observation_bounds()
         self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (KNOB_COUNT,), np.float32)
@@ -80,6 +83,8 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
     ) -> tuple[Array, dict[str, Any]]:
         """Start every episode, or those of ``options["reset_mask"]``; ``infos["seed"]`` are the episodes' seeds."""
         chosen = np.arange(self.num_envs)
+        if options is not None and not isinstance(options, Mapping):
+            raise OocoError(f"options is {options!r}, a mapping is needed; the one known key is 'reset_mask'")
         if options is not None and options.get("reset_mask") is not None:
             mask = np.asarray(options["reset_mask"])
             if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
@@ -109,8 +114,9 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
         checked = checked_actions(actions, (self.num_envs, KNOB_COUNT))
         if self._over.any() and self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             raise gym.error.ResetNeeded(f"episode {int(np.argmax(self._over))} is over or has not begun: reset() it")
-        if any(simulator is None for simulator in self._batch.simulators):
-            raise gym.error.ResetNeeded("step() needs a reset() first")
+        if None in self._batch.simulators:
+            index = self._batch.simulators.index(None)
+            raise gym.error.ResetNeeded(f"step() needs a reset() first: environment {index} has not begun")
         active = np.flatnonzero(~self._over)
         rewards = np.zeros(self.num_envs)
         truncations = np.zeros(self.num_envs, np.bool_)
@@ -119,7 +125,7 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
             infos = self._start(dict.fromkeys(np.flatnonzero(self._over).tolist()), infos)
         if len(active):
             interval = self._batch.step(checked[active], active)
-            rewards[active] = self.reward(interval)
+            rewards[active] = checked_rewards(self.reward(interval), len(active))
             infos |= self._interval_infos(interval, active)
             truncations[active] = self._batch.over(active)
         self._over = truncations.copy()
@@ -156,13 +162,15 @@ class ClusterVectorEnv(gym.vector.VectorEnv[Array, Array, Array]):
 
 def _seeds(seed: Any, count: int) -> list[int | None]:
     """One seed per sub-environment: counted up from a single one, or as given."""
-    single = not isinstance(seed, (Sequence, np.ndarray))
+    single = isinstance(seed, str) or not isinstance(seed, (Sequence, np.ndarray)) or np.ndim(seed) == 0
     given = [seed] * count if single else list(seed)
     if len(given) != count:
         raise OocoError(f"{len(given)} seeds for {count} environments")
     for entry in given:
-        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or entry < 0):
-            raise OocoError(f"seed is {entry!r}, an integer of at least 0 is needed")
+        if entry is None:
+            continue
+        if isinstance(entry, bool) or not isinstance(entry, (int, np.integer)) or not 0 <= entry < _SEEDS_END - count:
+            raise OocoError(f"seed is {entry!r}, an integer of at least 0 and below 2**63 - {count} is needed")
     return [None if entry is None else int(entry) + single * index for index, entry in enumerate(given)]
 
 

@@ -145,3 +145,45 @@ def test_a_state_of_another_episode_is_refused(other):
         another.restore(env.state())
     with pytest.raises(OocoError, match="of another episode"):
         env.restore(None)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "a", float("nan")])
+def test_threads_that_are_refused(threads):
+    with pytest.raises(OocoError, match=r"threads is .*, an integer of at least 1 is needed"):
+        ClusterVectorEnv(2, SHORT, threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_closed_environment_says_so_however_many_threads_it_had(threads):
+    env = ClusterVectorEnv(2, SHORT, threads=threads)
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    with pytest.raises(gym.error.ClosedEnvironmentError, match="closed"):
+        env.step(actions(1, 2)[0])
+    with pytest.raises(gym.error.ClosedEnvironmentError, match="closed"):
+        env.reset()
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [(5, "reward is 5"), (lambda _: None, "gave None"), (lambda _: np.zeros(3), "2 numbers are needed")],
+)
+def test_rewards_that_are_refused(reward, said):
+    with pytest.raises(OocoError, match=said):
+        env = ClusterVectorEnv(2, SHORT, reward=reward)
+        env.reset(seed=0)
+        env.step(actions(1, 2)[0])
+
+
+@pytest.mark.parametrize("seed", [2**63 - 2, 2**70, "7", -1, [1, 2**63]])
+def test_seeds_that_are_refused(seed):
+    with pytest.raises(OocoError, match="seed is"):
+        ClusterVectorEnv(2, SHORT).reset(seed=seed)
+
+
+def test_a_zero_dimensional_seed_is_a_number_and_options_are_a_mapping():
+    env = ClusterVectorEnv(np.int64(2), SHORT)
+    assert list(env.reset(seed=np.array(4)[()])[1]["seed"]) == [4, 5]
+    with pytest.raises(OocoError, match="options is"):
+        env.reset(options=[1])
