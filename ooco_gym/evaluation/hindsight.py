@@ -1,0 +1,81 @@
+"""Headroom: what a scheduler could gain by changing its knobs with the cluster's state.
+
+An episode is cut into windows. At the start of each, every candidate knob vector is tried from the same snapshot and
+the best is kept: a scheduler that sees one window ahead and forgets what comes later. What it gains over the best constant
+is a lower bound on what state is worth to an all-knowing scheduler with these knobs, and a generous estimate of what a
+learned one can hope for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ooco_gym.cluster import Simulator
+from ooco_gym.cluster.outcome import counters_many
+from ooco_gym.scenario import Scenario
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Reward of an episode per instance-second (useful share - price x violation rate): the best constant among the
+    candidates, the first candidate, and the best one per window."""
+
+    first: float
+    hindsight: float
+    switches: int  # windows whose best candidate differs from the one before
+
+
+def windowed_hindsight(
+    scenario: Scenario, seed: int, candidates: Sequence[Vector], window_s: float = 60.0, price: float = 5.0
+) -> Gain:
+    """One episode: the first candidate held throughout, and the best candidate of every window in hindsight."""
+    first = _held(scenario, seed, candidates[0], window_s, price)
+    simulator = _warm(scenario, seed)
+    total, switches, last = 0.0, 0, 0
+    while simulator.now_s < scenario.horizon_s:
+        start = simulator.state()
+        until_s = min(simulator.now_s + window_s, scenario.horizon_s)
+        rewards = []
+        for candidate in candidates:
+            rewards.append(_window(simulator, scenario, candidate, until_s, price))
+            simulator.restore(start)
+        best = int(np.argmax(rewards))
+        total += _window(simulator, scenario, candidates[best], until_s, price)
+        switches += best != last
+        last = best
+    return Gain(first, total / scenario.episode_s, switches)
+
+
+def _held(scenario: Scenario, seed: int, knobs: Vector, window_s: float, price: float) -> float:
+    simulator = _warm(scenario, seed)
+    return _window(simulator, scenario, knobs, scenario.horizon_s, price) / scenario.episode_s
+
+
+def _warm(scenario: Scenario, seed: int) -> Simulator:
+    simulator = Simulator(scenario, {}, seed)
+    simulator.run(scenario.warmup_s)
+    return simulator
+
+
+def _window(simulator: Simulator, scenario: Scenario, knobs: Vector, until_s: float, price: float) -> float:
+    """Reward of the seconds up to ``until_s`` under some knobs, as the environment's default reward counts it."""
+    before = _counters(simulator)
+    simulator.set_knobs(knobs)
+    simulator.run(until_s)
+    _, prompt, output, violations = _counters(simulator) - before
+    useful_s = prompt * scenario.ideal_prompt_token_s + output * scenario.ideal_output_token_s
+    arrivals_per_s = max(scenario.online.mean_rate_per_s, 1e-9)
+    return float(useful_s / scenario.instances - price * violations / arrivals_per_s)
+
+
+def _counters(simulator: Simulator) -> Vector:
+    counters = np.empty((1, 4))
+    counters_many(np.array([simulator.cluster.address], np.int64), counters)
+    row: Vector = counters[0]
+    return row
