@@ -5,7 +5,7 @@
     python experiments/headroom.py --quick                 a rough form
 
 Constants are tuned by CMA-ES on training seeds of each scenario and measured on fresh ones. `ooco` is the paper's
-setting, `tuned-ooco` tunes the four that the paper has, `tuned-all` every knob, `tuned-global` one vector for all scenarios.
+setting, `tuned-ooco` tunes the four knobs it has, `tuned-all` every knob, `tuned-global` one vector for all scenarios.
 `hindsight` is the best of tuned-all, its neighbours and the others per 60 s window. Rewards are useful share - 5 x
 violation rate, in points; differences are paired, with 95 % intervals over episodes.
 """
