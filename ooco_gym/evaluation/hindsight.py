@@ -2,8 +2,8 @@
 
 An episode is cut into windows. At the start of each, every candidate knob vector is tried from the same snapshot and
 the best is kept: a scheduler that sees one window ahead and forgets what comes later. What it gains over the best
-constant is a lower bound on what state is worth to an all-knowing scheduler with these knobs, and a generous estimate of what a
-learned one can hope for.
+constant is a lower bound on what state is worth to an all-knowing scheduler with these knobs, and a generous estimate
+of what a learned one can hope for.
 """
 
 from __future__ import annotations
