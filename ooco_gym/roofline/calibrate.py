@@ -177,15 +177,19 @@ def _unit_costs(model: ModelSpec, tp: int, peaks: HardwareSpec, form: str) -> tu
     return both, alone, (float(both["token_s"]) - alone) / 2.0
 
 
-def terms(rows: Iterable[Measurement], peaks: HardwareSpec, form: str = "calibrated") -> Terms:
-    """The terms of measurements on a device with these datasheet peaks. ``form`` as in ``build_cost``."""
-    found = [_row_terms(row, peaks, form) for row in rows]
+def terms(rows: Iterable[Measurement], peaks: HardwareSpec, form: str = "calibrated", chain_all: bool = False) -> Terms:
+    """The terms of measurements on a device with these datasheet peaks. ``form`` as in ``build_cost``.
+
+    ``chain_all`` lets the serial term run over the longest context in the batch, that of a prefill chunk included.
+    ``cost.py`` takes the longest decode context: the difference is an experiment (docs/calibration.md).
+    """
+    found = [_row_terms(row, peaks, form, chain_all) for row in rows]
     if not found:
         raise OocoError("no measurements: at least one row is needed")
     return Terms(**{entry.name: np.array([one[entry.name] for one in found]) for entry in fields(Terms)})
 
 
-def _row_terms(row: Measurement, peaks: HardwareSpec, form: str) -> dict[str, Any]:
+def _row_terms(row: Measurement, peaks: HardwareSpec, form: str, chain_all: bool) -> dict[str, Any]:
     one: dict[str, Any] = {entry.name: 0.0 for entry in fields(Terms)}
     for name in ("gemm_count", "gemm_compute_s", "gemm_memory_s", "grouped"):
         one[name] = np.zeros(6)
@@ -208,6 +212,8 @@ def _row_terms(row: Measurement, peaks: HardwareSpec, form: str) -> dict[str, An
         one["moe_count"] = layers if row.model.experts and whole else 0.0
     if whole or row.kind == "attention":
         _fill_attention_terms(one, row, cost, layers, tokens, form)
+        if chain_all and row.prefills:
+            one["context_max_tokens"] = max(one["context_max_tokens"], layers * (row.past_tokens + row.prefill_tokens))
     if row.tp > 1 and (whole or row.kind == "allreduce"):
         one["allreduce_count"] = 2.0 * layers if whole and form == "calibrated" else layers
         one["allreduce_s"] = one["allreduce_count"] * allreduce_s * tokens
@@ -320,16 +326,23 @@ def solve(
     )
 
 
-def fit(rows: Sequence[Measurement], donor: HardwareSpec, by_group: bool = True) -> Fit:
+def fit(
+    rows: Sequence[Measurement],
+    donor: HardwareSpec,
+    by_group: bool = True,
+    keep: Sequence[str] = (),
+    chain_all: bool = False,
+) -> Fit:
     """Constants of the device whose datasheet peaks ``donor`` carries, from ``rows``.
 
     ``donor.calibrated`` is where the fit starts and what a constant keeps when the data do not identify it: relative
     standard error above IDENTIFIED_BELOW, or a value at an edge of BOUNDS. ``by_group`` adds the spread of fits
     without one group each (a jackknife over models) to the standard errors where there are at least three groups.
+    Constants named in ``keep`` are not fitted; ``chain_all`` as in :func:`terms`.
     """
-    table = terms(rows, donor)
+    table = terms(rows, donor, chain_all=chain_all)
     start = asdict(donor.calibrated)
-    free = _free_names(table)
+    free = [name for name in _free_names(table) if name not in keep]
     value, error = _solve_terms(table, start, free)
     groups = sorted({row.group for row in rows})
     if by_group and len(groups) >= 3:
@@ -404,19 +417,19 @@ def from_two_numbers(
 def two_numbers(rows: Iterable[Measurement], peaks: HardwareSpec) -> tuple[float, float]:
     """(gemm_flops, gemm_bytes) read off 16-bit GEMM timings: medians of what large ones reach.
 
-    Compute: at least 4,096 rows, and columns in and out. Bytes: 1 to 16 rows of such weights up to 2^28 elements.
+    Both of weights with at least 4,096 columns in and out. Compute: at least 2,048 rows; bytes: at most 16.
     Raises OocoError when either class is empty.
     """
     flops, moved = [], []
     for row in rows:
         if row.kind != "gemm" or min(row.n, row.k) < 4096:
             continue
-        if row.tokens >= 4096:
+        if row.tokens >= 2048:
             flops.append(2.0 * row.tokens * row.n * row.k / row.seconds)
         elif row.tokens <= 16:
             moved.append(ACTIVATION_BYTES * (row.n * row.k + row.tokens * (row.n + row.k)) / row.seconds)
     if not flops or not moved:
-        raise OocoError("GEMMs with n and k of at least 4096 are needed, some of 4096 rows or more and some of 1 to 16")
+        raise OocoError("GEMMs with n and k of at least 4096 are needed, some of 2048 rows or more and some of 1 to 16")
     return float(np.median(flops) / peaks.peak_flops_per_s), float(np.median(moved) / peaks.hbm_bytes_per_s)
 
 

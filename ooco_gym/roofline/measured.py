@@ -57,7 +57,8 @@ PREFILLS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CHUNKS = (256, 512, 1024, 2048)
 _VIDUR_ONCE = ("input_layernorm", "attn_rope", "post_attention_layernorm", "mlp_act")
 _VIDUR_GEMMS = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")  # in the order of cost.gemm_shapes
-MEMORY_SHARE = 0.9
+MEMORY_SHARE = 0.9  # of the device, for weights and KV cache
+KERNEL_WEIGHT = 0.1
 
 
 def folder(data_dir: str | None = None) -> Path:
@@ -288,7 +289,8 @@ def kind_of(row: Measurement) -> str:
     return "mixed" if row.prefill_tokens else "decode"
 
 
-def iterations(data: Path, device: str) -> list[Measurement]:
+@lru_cache(maxsize=4)
+def iterations(data: Path, device: str) -> tuple[Measurement, ...]:
     """Whole iterations of one of DEVICES; the group of each is its model's name."""
     parts = _parts(data, device)
     peaks = resolve_hardware(device)
@@ -307,7 +309,7 @@ def iterations(data: Path, device: str) -> list[Measurement]:
             if inside is not None and head is not None:
                 seconds = model.layers * inside + head
                 found.append(Measurement("iteration", seconds, model, key[1], group=model.name, **batch))
-    return found
+    return tuple(found)
 
 
 def _fits(model: ModelSpec, tp: int, kv_tokens: float, peaks: HardwareSpec) -> bool:
@@ -347,7 +349,26 @@ def _sim_batches(parts: _SimParts, key: tuple[str, int]) -> Iterator[tuple[dict[
             yield _batch(float(new > 0), new, past if new else 0, decodes, context if decodes else 0), seconds
 
 
-def kernels(data: Path, device: str) -> list[Measurement]:
+def training_rows(data: Path, device: str, kinds: Sequence[str], without: str = "") -> list[Measurement]:
+    """Rows to fit to: whole iterations of ``kinds`` and single kernels, none of the model ``without``.
+
+    Every kind of iteration weighs 1 in total and every kind of kernel KERNEL_WEIGHT, whatever the number of rows:
+    iterations decide, kernels only tell apart what iterations cannot (the fixed times of one layer's operators).
+    """
+    found: list[Measurement] = []
+    whole = [row for row in iterations(data, device) if row.group != without]
+    for kind in kinds:
+        chosen = [row for row in whole if kind_of(row) == kind]
+        found += [replace(row, weight=1.0 / len(chosen)) for row in chosen]
+    single = [row for row in kernels(data, device) if row.group != without]
+    for kind in sorted({row.kind for row in single}):
+        chosen = [row for row in single if row.kind == kind]
+        found += [replace(row, weight=KERNEL_WEIGHT / len(chosen)) for row in chosen]
+    return found
+
+
+@lru_cache(maxsize=4)
+def kernels(data: Path, device: str) -> tuple[Measurement, ...]:
     """The single kernels behind :func:`iterations`: they tell fixed times of different operators apart."""
     parts = _parts(data, device)
     found = []
@@ -374,4 +395,4 @@ def kernels(data: Path, device: str) -> list[Measurement]:
             separate = isinstance(parts, _ServerParts) and batch["prefills"] and batch["decodes"]
             if seconds is not None and not separate and index % 5 == 0:
                 found.append(Measurement("attention", seconds, model, key[1], group=model.name, **batch))
-    return found
+    return tuple(found)
