@@ -58,12 +58,15 @@ from ooco_gym.roofline.calibrate import (
     two_numbers,
     unit_device,
 )
-from ooco_gym.roofline.hardware import HardwareSpec, resolve_hardware
+from ooco_gym.roofline.hardware import CalibratedConstants, HardwareSpec, resolve_hardware
 from ooco_gym.roofline.model import ModelSpec
 
 Array = NDArray[np.float64]
 KINDS = ("decode", "prefill", "mixed")
 TWO_KERNELS = ("a100", "h100")  # their mixed batches are two kernels
+#: Where every fit starts, and what it keeps of a constant that its data do not identify: round values, the same for all
+#: devices, so that no device's own preset leaks into an error. 64 are the rows of a FlashAttention-2 tile.
+PRIOR = CalibratedConstants(0.75, 0.8, 4.0, 1.0, 15.0, 0.5, 0.8, 15.0, 20.0, 64.0, 7.0, 0.35)
 NEAREST = {"a100": "h100", "h100": "a100", "rtx-pro-6000": "rtx-4090", "rtx-4090": "rtx-pro-6000"}
 MIXED_CONSTANTS = ("decode_row_pad", "chain_ns")
 #: (MAPE, p95, |bias|) in per cent for whole iterations of held-out models, and of a held-out device's MAPE.
@@ -85,19 +88,12 @@ def fitted_kinds(device: str) -> tuple[str, ...]:
     return KINDS[:2] if device in TWO_KERNELS else KINDS
 
 
-def prior(device: str) -> HardwareSpec:
-    """Where fits start and what they keep: the preset's datasheet, with the other devices' constants for no reason to
-    know this one's: the nearest preset's."""
-    nearest = resolve_hardware(NEAREST[device])
-    return replace(resolve_hardware(device), calibrated=nearest.calibrated)
-
-
 class Device:
     """One device's iterations and the fits that leave each model out."""
 
     def __init__(self, name: str, data: Path) -> None:
         self.name, self.data = name, data
-        self.peaks = prior(name)
+        self.peaks = replace(resolve_hardware(name), calibrated=PRIOR)
         self.rows = measured.iterations(data, name)
         self.kinds = np.array([measured.kind_of(row) for row in self.rows])
         self.models = np.array([row.group for row in self.rows])
@@ -189,24 +185,28 @@ def _features(row: Measurement) -> list[float]:
     return [float(value) for value in (*batch, row.prefills * row.prefill_tokens + row.decodes, *sizes)]
 
 
-def measured_two(data: Path, device: HardwareSpec) -> tuple[float, float]:
+def measured_two(data: Path, name: str) -> tuple[float, float]:
     """(gemm_flops, gemm_bytes) of one device: aiconfigurator's GEMMs, or the operators' where it has none."""
-    known = device.name in measured.AIC_NAMES
-    return two_numbers(measured.gemm_rows(data, device.name) if known else measured.kernels(data, device.name), device)
+    device = replace(resolve_hardware(name), calibrated=PRIOR)
+    known = name in measured.AIC_NAMES
+    return two_numbers(measured.gemm_rows(data, name) if known else measured.kernels(data, name), device)
 
 
 def leave_device_out(devices: Mapping[str, Device], fits: Mapping[str, Fit], data: Path) -> dict[str, Any]:
     """Errors on a device with its datasheet, two measured numbers, and the constants of other devices."""
     found: dict[str, Any] = {}
     for name, device in devices.items():
-        flops, moved = measured_two(data, device.peaks)
+        flops, moved = measured_two(data, name)
         found[name] = {"gemm_flops": flops, "gemm_bytes": moved}
         donors = {"mean": [one for one in fits if one != name], "nearest": [NEAREST[name]]}
         for label, others in donors.items():
             specs = [fits[one].device for one in others if one in fits]
             if specs:
                 preset = from_two_numbers(device.peaks, flops, moved, specs)
-                found[name][label] = device.by_kind(predict_s(device.terms, preset.calibrated))
+                seconds = predict_s(device.terms, preset.calibrated)
+                one = np.array([row.tp == 1 for row in device.rows]) & np.isin(device.kinds, fitted_kinds(name))
+                found[name][label] = device.by_kind(seconds)
+                found[name][label]["tp 1"] = errors(seconds[one], device.terms.measured_s[one])
     return found
 
 
@@ -238,7 +238,7 @@ def row_pad_evidence(data: Path, a100: HardwareSpec) -> dict[str, float]:
     return found
 
 
-def validate(name: str, data: Path) -> tuple[Device, Fit, dict[str, Any]]:
+def validate(name: str, data: Path, out: Path) -> tuple[Device, Fit, dict[str, Any]]:
     device = Device(name, data)
     fitted = fit(device.training(""), device.peaks)
     held = device.held_out(device.calibrated)
@@ -264,8 +264,9 @@ def validate(name: str, data: Path) -> tuple[Device, Fit, dict[str, Any]]:
     if name in TWO_KERNELS:
         both = device.two_kernels(fitted.device, "")
         found["two_kernels"] = {key: asdict(both.constants[key]) for key in MIXED_CONSTANTS}
-    plot(device, held, found)
-    return device, fitted, found | {"_seconds": held}
+    found["chain_constants"] = asdict(fit(device.training(""), device.peaks, by_group=False, chain_all=True).device.calibrated)
+    plot(device, held, out)
+    return device, fitted, found
 
 
 def cuts(device: Device) -> dict[str, Any]:
@@ -284,8 +285,8 @@ def cuts(device: Device) -> dict[str, Any]:
     return {label: mask & whole for label, mask in masks.items() if (mask & whole).any()}
 
 
-def plot(device: Device, seconds: Array, _: Mapping[str, Any]) -> None:
-    """Three panels: predicted against measured, error against batch, error against context."""
+def plot(device: Device, seconds: Array, out: Path) -> None:
+    """One figure of three panels: predicted against measured, error against batch, error against context."""
     seen, whole = device.terms.measured_s, np.isin(device.kinds, fitted_kinds(device.name))
     error = 100 * (seconds / seen - 1)
     batch = np.array([row.decodes + row.prefills for row in device.rows])
@@ -305,7 +306,8 @@ def plot(device: Device, seconds: Array, _: Mapping[str, Any]) -> None:
         axis.fill_between(sizes, bands[:, 0], bands[:, 2], alpha=0.25)
         axis.axhline(0, color="k", lw=0.8)
         axis.set(xlabel=label, ylabel="error % (median, 5 to 95 %)")
-    device.figure = figure  # type: ignore[attr-defined]
+    figure.savefig(out / f"{device.name}.png", dpi=120)
+    plt.close(figure)
 
 
 def triple(found: Mapping[str, float]) -> str:
@@ -348,8 +350,12 @@ def print_constants(fits: Mapping[str, Fit], results: Mapping[str, Any], console
             cells.append(f"{c.value:.3g} +- {c.error:.2g}" if c.identified else f"({c.value:.3g})")
         table.add_row(constant, *cells)
     console.print(table)
-    console.print("in brackets: not identified, the nearest device's value kept")
+    console.print("in brackets: not identified, the value the fit started from")
     for name, found in results.items():
+        if name not in TWO_KERNELS:
+            names = ("prefill_attention_flops", "decode_row_pad", "chain_ns")
+            said = ", ".join(f"{key} {found['chain_constants'][key]:.3g}" for key in names)
+            console.print(f"{name}, chain over all contexts: {said}")
         if "two_kernels" in found:
             pair = found["two_kernels"]
             said = ", ".join(
@@ -362,10 +368,11 @@ def print_constants(fits: Mapping[str, Fit], results: Mapping[str, Any], console
 def print_devices_out(found: Mapping[str, Any], console: Console) -> None:
     table = Table(title="device left out: datasheet and two numbers, MAPE / p95 / bias, %", title_justify="left",
                   box=SIMPLE_HEAD)  # fmt: skip
-    for heading in ("", "gemm_flops", "gemm_bytes", "others' mean", "nearest", f"bar {DEVICE_BAR:g}"):
+    for heading in ("", "gemm_flops", "gemm_bytes", "others' mean", "nearest", "nearest, tp 1", f"bar {DEVICE_BAR:g}"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, one in found.items():
         cells = [triple(one[label]["whole"]) if label in one else "" for label in ("mean", "nearest")]
+        cells.append(triple(one["nearest"]["tp 1"]) if "nearest" in one else "")
         met = [label for label in ("mean", "nearest") if label in one and one[label]["whole"]["mape"] <= DEVICE_BAR]
         table.add_row(
             name, f"{one['gemm_flops']:.3f}", f"{one['gemm_bytes']:.3f}", *cells, " and ".join(met) or "missed"
@@ -387,15 +394,13 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name in arguments.devices:
             with console.status(name):
-                device, fitted, found = validate(name, data)
-            del found["_seconds"]
+                device, fitted, found = validate(name, data, arguments.out)
             devices[name], fits[name], results[name] = device, fitted, found
-            device.figure.savefig(arguments.out / f"{name}.png", dpi=120)  # type: ignore[attr-defined]
             print_device(name, found, console)
         print_constants(fits, results, console)
         out = leave_device_out(devices, fits, data)
         print_devices_out(out, console)
-        other = {name: dict(zip(("gemm_flops", "gemm_bytes"), measured_two(data, resolve_hardware(name)), strict=True))
+        other = {name: dict(zip(("gemm_flops", "gemm_bytes"), measured_two(data, name), strict=True))
                  for name in ("h200", "b200", "l40s")}  # fmt: skip
         for name, pair in other.items():
             console.print(f"{name}: gemm_flops {pair['gemm_flops']:.3f}, gemm_bytes {pair['gemm_bytes']:.3f}")
