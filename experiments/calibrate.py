@@ -60,9 +60,9 @@ def print_fit(fitted: Fit, console: Console) -> None:
         said = "" if one.identified else "not identified: the donor's value kept"
         table.add_row(name, f"{one.value:.4g}", error, f"{one.donor:.4g}", said)
     console.print(table)
-    for kind, one in fitted.in_sample.items():
-        errors = f"MAPE {one['mape']:.1f} %, p95 {one['p95']:.1f} %, bias {one['bias']:+.1f} %"
-        console.print(f"in sample, {kind}: {errors} of {one['n']:,}")
+    for kind, seen in fitted.in_sample.items():
+        errors = f"MAPE {seen['mape']:.1f} %, p95 {seen['p95']:.1f} %, bias {seen['bias']:+.1f} %"
+        console.print(f"in sample, {kind}: {errors} of {seen['n']:,}")
 
 
 def calibrated(arguments: argparse.Namespace, console: Console) -> tuple[HardwareSpec, dict[str, str], str]:

@@ -4,8 +4,8 @@
     python experiments/roofline_validation.py --devices h100           one of them
     python experiments/roofline_validation.py --data-dir /data         measured/ lies in /data
 
-Whole iterations are put together from kernels measured alone (ooco_gym/roofline/measured.py says how), and the constants
-are fitted with every model left out in turn; RTX 4090 has one model, and its errors are in sample. Beside them:
+Whole iterations are put together from kernels measured alone (ooco_gym/roofline/measured.py says how). The constants are
+fitted with every model left out in turn; RTX 4090 has one model, and its errors are in sample. Beside them:
 
   preset      conf/hardware as it is (fitted to all of these models)
   datasheet   the same formula with every efficiency 1 and no fixed times
@@ -151,7 +151,9 @@ def xllm_s(t: Terms, c: Mapping[str, float]) -> Array:
     memory = t.kv_s / c["attention_bytes"]
     attention = np.where(t.has_prefill > 0, np.maximum(compute, memory), memory)
     fixed = t.attention_count * c["layer_us"] * 1e-6 + c["iteration_us"] * 1e-6
-    return np.asarray((t.gemm_count * gemm).sum(axis=1) + attention + t.allreduce_s / c["allreduce_bytes_per_s"] + fixed)
+    return np.asarray(
+        (t.gemm_count * gemm).sum(axis=1) + attention + t.allreduce_s / c["allreduce_bytes_per_s"] + fixed
+    )
 
 
 def forest_errors(device: Device) -> dict[str, dict[str, dict[str, float]]] | None:
@@ -264,7 +266,9 @@ def validate(name: str, data: Path, out: Path) -> tuple[Device, Fit, dict[str, A
     if name in TWO_KERNELS:
         both = device.two_kernels(fitted.device, "")
         found["two_kernels"] = {key: asdict(both.constants[key]) for key in MIXED_CONSTANTS}
-    found["chain_constants"] = asdict(fit(device.training(""), device.peaks, by_group=False, chain_all=True).device.calibrated)
+    found["chain_constants"] = asdict(
+        fit(device.training(""), device.peaks, by_group=False, chain_all=True).device.calibrated
+    )
     plot(device, held, out)
     return device, fitted, found
 
@@ -330,7 +334,9 @@ def print_device(name: str, found: Mapping[str, Any], console: Console) -> None:
         whole = found["held_out"]["whole"]
         values = (whole["mape"], whole["p95"], abs(whole["bias"]))
         said = ("MAPE", "p95", "|bias|")
-        missed = [f"{what} {is_:.2f} > {bar:g}" for what, is_, bar in zip(said, values, BARS[name], strict=True) if is_ > bar]
+        missed = [
+            f"{what} {is_:.2f} > {bar:g}" for what, is_, bar in zip(said, values, BARS[name], strict=True) if is_ > bar
+        ]
         console.print(f"  bars {' / '.join(f'{bar:g}' for bar in BARS[name])}: " + (", ".join(missed) or "met"))
     for label, one in {**found["by_model"], **found["cuts"]}.items():
         console.print(f"  {label}: {triple(one)} of {one['n']:,}")

@@ -319,10 +319,9 @@ def solve(
     variance = 2.0 * found.cost / max(len(weight) - len(names), 1)
     covariance = variance * np.linalg.pinv(data.T @ data + 1e-12 * np.eye(len(names)), hermitian=True)
     spread = np.sqrt(np.maximum(np.diag(covariance), 0.0)) * typical
-    return (
-        dict(zip(names, (found.x * typical).tolist(), strict=True)),
-        dict(zip(names, spread.tolist(), strict=True)),
-    )
+    at_zero = (low == 0) & (found.x < 1e-6)  # the solver stays inside its bounds
+    best = np.where(at_zero, 0.0, found.x * typical)
+    return dict(zip(names, best.tolist(), strict=True)), dict(zip(names, spread.tolist(), strict=True))
 
 
 def fit(
@@ -354,9 +353,7 @@ def fit(
     if known != free:  # the others keep the donor's value, and the rest is fitted beside that
         value = {**start, **_solve_terms(table, start, known)[0]}
     final = {**start, **{name: value[name] for name in known}}
-    constants = {
-        name: Constant(final[name], error.get(name, math.inf), name in known, start[name]) for name in BOUNDS
-    }
+    constants = {name: Constant(final[name], error.get(name, math.inf), name in known, start[name]) for name in BOUNDS}
     device = replace(donor, calibrated=CalibratedConstants(**final), is_calibrated=True)
     predicted = predict_s(table, device.calibrated)
     kinds = np.array([row.kind for row in rows])
@@ -388,9 +385,7 @@ def _free_names(table: Terms) -> list[str]:
         "allreduce": table.allreduce_count.any(),
         "moe": table.moe_count.any(),
     }
-    return [
-        name for name in BOUNDS if depends[name if name in depends else name.rsplit("_", 1)[0]]
-    ]
+    return [name for name in BOUNDS if depends[name if name in depends else name.rsplit("_", 1)[0]]]
 
 
 def _identified(name: str, value: float, error: float) -> bool:
@@ -490,9 +485,7 @@ def _read_row(where: str, values: Mapping[str, str | None], host_ms: float) -> M
     return row
 
 
-_ANY_DEVICE = HardwareSpec(
-    "any", 1e15, 1e12, 1e11, 1e11, CalibratedConstants(**dict.fromkeys(list(BOUNDS)[:8], 1.0))
-)
+_ANY_DEVICE = HardwareSpec("any", 1e15, 1e12, 1e11, 1e11, CalibratedConstants(**dict.fromkeys(list(BOUNDS)[:8], 1.0)))
 
 
 def write_yaml(device: HardwareSpec, path: str | Path, notes: Mapping[str, str] | None = None, head: str = "") -> None:

@@ -62,7 +62,7 @@ KERNEL_WEIGHT = 0.1
 
 
 def folder(data_dir: str | None = None) -> Path:
-    """The folder ``measured`` of ``data_dir``, else of OOCO_DATA, else of ../shared/data; OocoError where it is absent."""
+    """``measured/`` in ``data_dir``, else in OOCO_DATA, else in ../shared/data; raises OocoError where it is absent."""
     beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
     found = Path(data_dir or os.environ.get("OOCO_DATA") or beside).expanduser() / "measured"
     if not found.is_dir():
@@ -240,7 +240,11 @@ class _SimParts:
 
     def operator_s(self, key: tuple[str, int], name: str, tokens: float) -> float | None:
         if name == "elementwise":
-            once = [self.operators[key][part](tokens) for part in ("rotary_emb", "act_fn", "qk_norm") if part in self.operators[key]]
+            once = [
+                self.operators[key][part](tokens)
+                for part in ("rotary_emb", "act_fn", "qk_norm")
+                if part in self.operators[key]
+            ]
             norm = self.operators[key]["layernorm"](tokens)
             return _sum(norm, norm, *once)
         names = dict(zip(_VIDUR_GEMMS, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), strict=True))
@@ -342,7 +346,7 @@ def _server_batches(parts: _ServerParts, key: tuple[str, int]) -> Iterator[tuple
 
 
 def _sim_batches(parts: _SimParts, key: tuple[str, int]) -> Iterator[tuple[dict[str, float], float | None]]:
-    """Every seventh of the measured attention batches (all without a mixture): what the interpolation adds is little."""
+    """The attention batches that were measured: all decodes, all prefills, and every seventh mixture to save time."""
     for index, ((new, past, decodes, context), seconds) in enumerate(sorted(parts.attention[key].items())):
         mixed = new > 0 and decodes > 0
         if not mixed or index % 7 == 0:
