@@ -59,7 +59,7 @@ from ooco_gym.roofline.calibrate import (
     unit_device,
 )
 from ooco_gym.roofline.hardware import CalibratedConstants, HardwareSpec, resolve_hardware
-from ooco_gym.roofline.model import ModelSpec
+from ooco_gym.roofline.model import ModelSpec, resolve_model
 
 Array = NDArray[np.float64]
 KINDS = ("decode", "prefill", "mixed")
@@ -209,6 +209,19 @@ def leave_device_out(devices: Mapping[str, Device], fits: Mapping[str, Fit], dat
                 one = np.array([row.tp == 1 for row in device.rows]) & np.isin(device.kinds, fitted_kinds(name))
                 found[name][label] = device.by_kind(seconds)
                 found[name][label]["tp 1"] = errors(seconds[one], device.terms.measured_s[one])
+    return found
+
+
+def other_devices(data: Path) -> dict[str, dict[str, float]]:
+    """What the tables say of devices without whole iterations: the two numbers of their GEMMs, and the all-reduce."""
+    found = {}
+    for name in ("h200", "b200", "l40s"):
+        flops, moved = measured_two(data, name)
+        rows = measured.allreduce_rows(data, name, resolve_model("llama-3.1-70b"))
+        fitted = fit(rows, replace(resolve_hardware(name), calibrated=PRIOR))
+        both = {key: fitted.constants[key].value for key in ("allreduce_us", "allreduce_bytes")}
+        found[name] = {"gemm_flops": flops, "gemm_bytes": moved, **both}
+        found[name]["allreduce_mape"] = fitted.in_sample["allreduce"]["mape"]
     return found
 
 
@@ -406,10 +419,9 @@ def main() -> None:
         print_constants(fits, results, console)
         out = leave_device_out(devices, fits, data)
         print_devices_out(out, console)
-        other = {name: dict(zip(("gemm_flops", "gemm_bytes"), measured_two(data, name), strict=True))
-                 for name in ("h200", "b200", "l40s")}  # fmt: skip
-        for name, pair in other.items():
-            console.print(f"{name}: gemm_flops {pair['gemm_flops']:.3f}, gemm_bytes {pair['gemm_bytes']:.3f}")
+        other = other_devices(data)
+        for name, one in other.items():
+            console.print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in one.items()))
         evidence = row_pad_evidence(data, resolve_hardware("a100"))
         console.print("decode_row_pad on A100: " + ", ".join(f"{key} {value:.2f}" for key, value in evidence.items()))
     except OocoError as error:

@@ -127,6 +127,18 @@ class _Allreduce:
         return self.curves[tp](2.0 * tokens * model.hidden) if tp in self.curves else None
 
 
+def allreduce_rows(data: Path, device: str, model: ModelSpec) -> list[Measurement]:
+    """All-reduces of ``model``'s hidden size among as many devices as were timed; ``device`` in AIC_NAMES."""
+    allreduce = _Allreduce(data, device)
+    found = []
+    for tp in sorted(allreduce.curves):
+        for tokens in (2**power for power in range(14)):
+            seconds = allreduce(model, tp, tokens)
+            if seconds is not None:
+                found.append(Measurement("allreduce", seconds, model, tp, tokens=tokens, group=model.name))
+    return found
+
+
 class _ServerParts:
     """A100 and H100: Vidur's operators, aiconfigurator's attention, LM head and all-reduce."""
 
