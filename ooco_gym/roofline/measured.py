@@ -74,9 +74,12 @@ def _rows(path: Path, wanted: Mapping[str, Sequence[str]]) -> Iterator[dict[str,
     if not path.is_file():
         raise OocoError(f"{path} is not there: the table is needed for this device")
     with gzip.open(path, "rt", newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            if all(row[name] in values for name, values in wanted.items()):
-                yield row
+        reader = csv.reader(lines)
+        header = next(reader)
+        needed = [(header.index(name), frozenset(values)) for name, values in wanted.items()]
+        for row in reader:
+            if all(row[column] in values for column, values in needed):
+                yield dict(zip(header, row, strict=True))
 
 
 class Curve:

@@ -85,7 +85,12 @@ def test_models_left_out_on_h100_meet_the_bars():
 @needs_data
 @pytest.mark.parametrize(
     ("name", "mape", "p95", "bias"),
-    [("a100", 5.7, 15.5, 1.5), ("h100", 4.7, 13.7, 2.0), ("rtx-pro-6000", 6.6, 23.5, 1.5), ("rtx-4090", 5.8, 14.7, 1.5)],
+    [
+        ("a100", 5.7, 15.5, 1.5),
+        ("h100", 4.7, 13.7, 2.0),
+        ("rtx-pro-6000", 6.6, 23.5, 1.5),
+        ("rtx-4090", 5.8, 14.7, 1.5),
+    ],
 )
 def test_presets_err_as_their_source_says(name, mape, p95, bias):
     device = validation.Device(name, FOLDER)
