@@ -4,8 +4,8 @@
     python experiments/roofline_validation.py --devices h100           one of them
     python experiments/roofline_validation.py --data-dir /data         measured/ lies in /data
 
-Whole iterations are put together from kernels measured alone (ooco_gym/roofline/measured.py says how). The constants are
-fitted with every model left out in turn; RTX 4090 has one model, and its errors are in sample. Beside them:
+Whole iterations are put together from kernels measured alone (ooco_gym/roofline/measured.py says how). The constants
+are fitted with every model left out in turn; RTX 4090 has one model, and its errors are in sample. Beside them:
 
   preset      conf/hardware as it is (fitted to all of these models)
   datasheet   the same formula with every efficiency 1 and no fixed times
@@ -49,6 +49,7 @@ from ooco_gym.roofline.calibrate import (
     Fit,
     Measurement,
     Terms,
+    batch_kind,
     errors,
     fit,
     from_two_numbers,
@@ -95,7 +96,7 @@ class Device:
         self.name, self.data = name, data
         self.peaks = replace(resolve_hardware(name), calibrated=PRIOR)
         self.rows = measured.iterations(data, name)
-        self.kinds = np.array([measured.kind_of(row) for row in self.rows])
+        self.kinds = np.array([batch_kind(row) for row in self.rows])
         self.models = np.array([row.group for row in self.rows])
         self.groups = sorted(set(self.models))
         self.terms = terms(self.rows, self.peaks)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -22,7 +23,7 @@ from scipy.optimize import least_squares
 
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline.cost import ACTIVATION_BYTES, build_cost, causal_pairs
-from ooco_gym.roofline.hardware import CalibratedConstants, HardwareSpec
+from ooco_gym.roofline.hardware import CalibratedConstants, HardwareSpec, XllmConstants
 from ooco_gym.roofline.model import ModelSpec, resolve_model
 
 KINDS = ("iteration", "gemm", "elementwise", "attention", "allreduce")
@@ -69,6 +70,7 @@ BOUNDS = {
     "moe_us": Bound(0.0, 500.0, 2.0),
 }
 IDENTIFIED_BELOW = 0.25  # relative standard error up to which the data, not the donor, say what a constant is
+KERNEL_WEIGHT = 0.1
 _PRIOR_WEIGHT = 1e-3  # of a constant's distance to the donor: keeps it there when no row depends on it
 
 Array = NDArray[np.float64]
@@ -284,7 +286,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Fit:
-    """Constants of a device with their uncertainty, and the error on the rows they were fitted to."""
+    """Constants of a device with their uncertainty, and the error on the rows they were fitted to.
+
+    The device counts as calibrated when the data identify ``gemm_flops`` and ``gemm_bytes``.
+    """
 
     device: HardwareSpec
     constants: dict[str, Constant]
@@ -354,7 +359,8 @@ def fit(
         value = {**start, **_solve_terms(table, start, known)[0]}
     final = {**start, **{name: value[name] for name in known}}
     constants = {name: Constant(final[name], error.get(name, math.inf), name in known, start[name]) for name in BOUNDS}
-    device = replace(donor, calibrated=CalibratedConstants(**final), is_calibrated=True)
+    fitted = "gemm_flops" in known and "gemm_bytes" in known
+    device = replace(donor, calibrated=CalibratedConstants(**final), is_calibrated=fitted)
     predicted = predict_s(table, device.calibrated)
     kinds = np.array([row.kind for row in rows])
     in_sample = {
@@ -426,10 +432,32 @@ def two_numbers(rows: Iterable[Measurement], peaks: HardwareSpec) -> tuple[float
     return fitted.gemm_flops, fitted.gemm_bytes
 
 
+def batch_kind(row: Measurement) -> str:
+    """decode, prefill or mixed."""
+    if not row.decodes:
+        return "prefill"
+    return "mixed" if row.prefill_tokens else "decode"
+
+
+def balanced(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The same rows, weighed so that counts do not decide: decode, prefill and mixed iterations 1 in total, each.
+
+    A kind of kernel weighs KERNEL_WEIGHT where there are iterations, otherwise 1: iterations decide, kernels only tell
+    apart what iterations cannot, the fixed times of one layer's operators.
+    """
+    kinds = [batch_kind(row) if row.kind == "iteration" else row.kind for row in rows]
+    kernel = KERNEL_WEIGHT if any(row.kind == "iteration" for row in rows) else 1.0
+    count = Counter(kinds)
+    return [
+        replace(row, weight=(1.0 if row.kind == "iteration" else kernel) / count[kind])
+        for row, kind in zip(rows, kinds, strict=True)
+    ]
+
+
 def read_table(path: str | Path, host_ms: float = 0.0) -> list[Measurement]:
     """Measurements of a CSV file with the columns of COLUMNS; raises OocoError naming the row and the column.
 
-    ``host_ms`` is taken off whole iterations. Rows are grouped by model for the uncertainty.
+    ``host_ms`` is taken off whole iterations. Rows are grouped by model for the uncertainty and come :func:`balanced`.
     """
     path = Path(path)
     try:
@@ -449,7 +477,7 @@ def read_table(path: str | Path, host_ms: float = 0.0) -> list[Measurement]:
         raise OocoError(f"{path}: not a CSV file ({error})") from None
     if not rows:
         raise OocoError(f"{path}: no rows below the header")
-    return rows
+    return balanced(rows)
 
 
 def _read_row(where: str, values: Mapping[str, str | None], host_ms: float) -> Measurement:
@@ -501,6 +529,9 @@ def write_yaml(device: HardwareSpec, path: str | Path, notes: Mapping[str, str] 
     for name, value in asdict(device.calibrated).items():
         note = (notes or {}).get(name)
         lines.append(f"  {name}: {float(f'{value:.4g}')}" + (f"  # {note}" if note else ""))
+    if device.xllm != XllmConstants():
+        lines.append("xllm:")
+        lines += [f"  {name}: {float(f'{value:.4g}')}" for name, value in asdict(device.xllm).items()]
     if not device.is_calibrated:
         lines.append("is_calibrated: false")
     quoted = device.source.replace("\\", "\\\\").replace('"', '\\"')

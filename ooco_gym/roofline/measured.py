@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline.calibrate import Measurement
+from ooco_gym.roofline.calibrate import Measurement, balanced, batch_kind
 from ooco_gym.roofline.hardware import HardwareSpec, resolve_hardware
 from ooco_gym.roofline.model import ModelSpec, resolve_model
 
@@ -58,7 +58,6 @@ CHUNKS = (256, 512, 1024, 2048)
 _VIDUR_ONCE = ("input_layernorm", "attn_rope", "post_attention_layernorm", "mlp_act")
 _VIDUR_GEMMS = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")  # in the order of cost.gemm_shapes
 MEMORY_SHARE = 0.9  # of the device, for weights and KV cache
-KERNEL_WEIGHT = 0.1
 
 
 def folder(data_dir: str | None = None) -> Path:
@@ -301,13 +300,6 @@ def _parts(data: Path, device: str) -> _ServerParts | _SimParts:
     return _SimParts(data, device) if device in SIM_NAMES else _ServerParts(data, device)
 
 
-def kind_of(row: Measurement) -> str:
-    """decode, prefill or mixed."""
-    if not row.decodes:
-        return "prefill"
-    return "mixed" if row.prefill_tokens else "decode"
-
-
 @lru_cache(maxsize=4)
 def iterations(data: Path, device: str) -> tuple[Measurement, ...]:
     """Whole iterations of one of DEVICES; the group of each is its model's name."""
@@ -369,21 +361,9 @@ def _sim_batches(parts: _SimParts, key: tuple[str, int]) -> Iterator[tuple[dict[
 
 
 def training_rows(data: Path, device: str, kinds: Sequence[str], without: str = "") -> list[Measurement]:
-    """Rows to fit to: whole iterations of ``kinds`` and single kernels, none of the model ``without``.
-
-    Every kind of iteration weighs 1 in total and every kind of kernel KERNEL_WEIGHT, whatever the number of rows:
-    iterations decide, kernels only tell apart what iterations cannot (the fixed times of one layer's operators).
-    """
-    found: list[Measurement] = []
-    whole = [row for row in iterations(data, device) if row.group != without]
-    for kind in kinds:
-        chosen = [row for row in whole if kind_of(row) == kind]
-        found += [replace(row, weight=1.0 / len(chosen)) for row in chosen]
-    single = [row for row in kernels(data, device) if row.group != without]
-    for kind in sorted({row.kind for row in single}):
-        chosen = [row for row in single if row.kind == kind]
-        found += [replace(row, weight=KERNEL_WEIGHT / len(chosen)) for row in chosen]
-    return found
+    """Rows to fit to: whole iterations of ``kinds`` and single kernels, balanced, none of the model ``without``."""
+    whole = [row for row in iterations(data, device) if batch_kind(row) in kinds]
+    return balanced([row for row in (*whole, *kernels(data, device)) if row.group != without])
 
 
 @lru_cache(maxsize=4)

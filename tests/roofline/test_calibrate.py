@@ -13,6 +13,8 @@ from ooco_gym.roofline import build_cost, iteration_s, resolve_hardware, resolve
 from ooco_gym.roofline.calibrate import (
     COLUMNS,
     Measurement,
+    balanced,
+    batch_kind,
     errors,
     fit,
     from_two_numbers,
@@ -113,6 +115,11 @@ def test_iterations_alone_do_not_tell_fixed_times_apart():
     assert fitted.in_sample["iteration"]["mape"] < 2
 
 
+def test_too_few_rows_identify_nothing_and_calibrate_nothing():
+    fitted = fit(table([MODELS[0]], (1,), kernels=False)[:2], DONOR)
+    assert fitted.device.calibrated == DONOR.calibrated and not fitted.device.is_calibrated
+
+
 def test_kept_constants_are_left_alone():
     fitted = fit(table(), DONOR, by_group=False, keep=["gemm_flops"])
     assert fitted.constants["gemm_flops"].value == DONOR.calibrated.gemm_flops
@@ -141,11 +148,26 @@ def test_two_numbers_from_gemms_and_the_preset_of_them():
 def test_a_preset_file_reads_back_as_it_was(tmp_path):
     from omegaconf import OmegaConf
 
-    device = replace(TRUE, name="mine", source='a "quoted" source')
+    xllm = replace(TRUE.xllm, gemm_flops=0.5)
+    device = replace(TRUE, name="mine", source='a "quoted" source', xllm=xllm)
     write_yaml(device, tmp_path / "mine.yaml", {"chain_ns": "not identified"}, "Two lines\nof comment")
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     assert text.startswith("# Two lines\n# of comment\nname: mine") and "# not identified" in text
     assert hardware_from_mapping(OmegaConf.to_container(OmegaConf.load(tmp_path / "mine.yaml"))) == device
+
+
+def test_rows_are_balanced_by_kind_not_by_count():
+    rows = table([MODELS[0]])
+    weight = {}
+    for before, row in zip(rows, balanced(rows), strict=True):
+        assert replace(row, weight=1.0) == before
+        kind = row.kind if row.kind != "iteration" else batch_kind(row)
+        weight[kind] = weight.get(kind, 0.0) + row.weight
+    assert {kind: weight[kind] for kind in ("decode", "prefill", "mixed")} == pytest.approx(
+        dict.fromkeys(("decode", "prefill", "mixed"), 1.0)
+    )
+    assert weight["gemm"] == pytest.approx(0.1)
+    assert sum(row.weight for row in balanced([row for row in rows if row.kind == "gemm"])) == pytest.approx(1.0)
 
 
 def test_errors_are_in_per_cent_and_signed():

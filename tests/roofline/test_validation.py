@@ -1,7 +1,7 @@
 """The cost model against measured kernels put together to whole iterations, where the measurements are at hand.
 
-``experiments/roofline_validation.py`` prints the errors; docs/calibration.md explains them. Here: that the iterations are
-what they claim to be, that fits without a model predict it, and that the presets err as their ``source`` says.
+``experiments/roofline_validation.py`` prints the errors; docs/calibration.md explains them. Here: that the iterations
+are what they claim to be, that fits without a model predict it, and that the presets err as their ``source`` says.
 """
 
 import csv
@@ -126,7 +126,7 @@ def test_two_kernels_one_after_the_other_are_not_a_fused_one():
 
 @needs_data
 def test_the_serial_term_over_every_context_predicts_small_chunks_on_a_long_past():
-    """What the form misses: a chunk of few tokens walks its whole past, too. More so on RTX PRO 6000, with slower fits."""
+    """What the form misses: a chunk of few tokens walks its whole past, too (more so on RTX PRO 6000)."""
     device = validation.Device("rtx-4090", FOLDER)
     seen = device.terms.measured_s
     size = {}
