@@ -71,6 +71,7 @@ BOUNDS = {
 }
 IDENTIFIED_BELOW = 0.25  # relative standard error up to which the data, not the donor, say what a constant is
 KERNEL_WEIGHT = 0.1
+NOISE = 0.02  # relative error that a time has at least, for standard errors: a few rows can be met exactly by chance
 _PRIOR_WEIGHT = 1e-3  # of a constant's distance to the donor: keeps it there when no row depends on it
 
 Array = NDArray[np.float64]
@@ -321,7 +322,7 @@ def solve(
 
     found = least_squares(residual, begin, bounds=(low, high), loss="soft_l1", f_scale=0.1)
     data = found.jac[: len(weight)]
-    variance = 2.0 * found.cost / max(len(weight) - len(names), 1)
+    variance = max(2.0 * found.cost / max(len(weight) - len(names), 1), NOISE**2)
     covariance = variance * np.linalg.pinv(data.T @ data + 1e-12 * np.eye(len(names)), hermitian=True)
     spread = np.sqrt(np.maximum(np.diag(covariance), 0.0)) * typical
     at_zero = (low == 0) & (found.x < 1e-6)  # the solver stays inside its bounds
