@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from measured_streams import Deployment, Floats, Run, Times
+from measured_streams import Floats, Run, Times
 from scipy.optimize import minimize_scalar
 
 from ooco_gym.cluster import Simulator
@@ -30,9 +30,8 @@ SERVING: dict[str, dict[str, str]] = {
     # Prefill on one instance, decode on another.
     "disaggregated": {"prefill_order": "fcfs", "mix_selection": "all", "eviction": "newest", "migration": "none"},
 }
-DRAIN_S = 3600.0  # after the last arrival; nothing measured takes longer
+DRAIN_S = 36_000.0  # after the last arrival; nothing measured takes longer
 MOST_HOST_S = 0.05
-MOST_ROUNDS = 200
 
 
 class Given:
@@ -47,51 +46,88 @@ class Given:
         return self._sample
 
 
-def scenario_of(deployment: Deployment, requests: Requests, host_s: float) -> Scenario:
-    """The deployment under these requests, deterministic: no error of the cost model."""
+def scenario_of(run: Run, host_s: float) -> Scenario:
+    """The run's deployment under its requests, deterministic: no error of the cost model."""
+    deployment, requests = run.deployment, run.requests
     cost = {"host_s": float(host_s), "noise_sigma": 0.0, "bias_sigma": 0.0}
     cluster = {"relaxed": 0, "strict": 0, **deployment.cluster}
+    online, jobs = requests, OfflineJobs(False, np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int32))
+    if served_as_jobs(run):
+        online, lengths = requests.window(0.0, 0.0), (requests.prompt_tokens, requests.output_tokens)
+        endless = run.concurrency is not None
+        jobs = OfflineJobs(endless, np.zeros(0) if endless else requests.arrival_s, *lengths)
+    if run.concurrency is not None:  # seats are clients: one is free when a request has completed
+        cluster["max_seqs"] = min(run.concurrency, cluster.get("max_seqs", run.concurrency))
     scenario = build_scenario({"hardware": asdict(deployment.hardware), "cost": cost, "offline": "none"})
-    model = replace(resolve_model(deployment.model), **deployment.model_changes)
-    horizon_s = requests.duration_s + DRAIN_S
-    none = OfflineJobs(False, np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    if deployment.serving == "prefill-first":
-        jobs = OfflineJobs(False, requests.arrival_s, requests.prompt_tokens, requests.output_tokens)
-        online, offline = Given(requests.window(0.0, 0.0)), Given(jobs)
-    else:
-        online, offline = Given(requests), Given(none)
     return replace(
-        scenario, model=model, cluster=ClusterSpec(**cluster), online=online, offline=offline,  # type: ignore[arg-type]
-        warmup_s=0.0, episode_s=horizon_s,
-    )  # fmt: skip
+        scenario,
+        model=replace(resolve_model(deployment.model), **deployment.model_changes),
+        cluster=ClusterSpec(**cluster),
+        online=Given(online),  # type: ignore[arg-type]
+        offline=Given(jobs),  # type: ignore[arg-type]
+        warmup_s=0.0,
+        episode_s=requests.duration_s + DRAIN_S,
+    )
 
 
-def simulate(deployment: Deployment, requests: Requests, host_s: float) -> tuple[Floats, Floats]:
-    """(first token, last token) of each request in seconds from the start; raises OocoError if one is never served."""
-    scenario = scenario_of(deployment, requests, host_s)
-    prefill_first = deployment.serving == "prefill-first"
-    simulator = Simulator(scenario, SERVING[deployment.serving], log=prefill_first)
+def served_as_jobs(run: Run) -> bool:
+    return run.concurrency is not None or run.deployment.serving == "prefill-first"
+
+
+def replay(run: Run, host_s: float) -> tuple[Requests, Times]:
+    """The run as simulated: its requests, with the arrivals that a closed loop has found, and their times.
+
+    Raises OocoError if a request is never served.
+    """
+    scenario = scenario_of(run, host_s)
+    jobs, count = served_as_jobs(run), len(run.requests)
+    simulator = Simulator(scenario, SERVING[run.deployment.serving], log=jobs)
     simulator.set_knobs(knobs_from_mapping({"gate_batch": 8.0}))  # no gate: an engine admits while KV is free
-    simulator.run(scenario.horizon_s)
-    if prefill_first:
-        first_s, finish_s = _job_times(simulator.log(), len(requests))
+    if run.concurrency is not None:
+        first_s, finish_s = _run_endless(simulator, run, scenario.horizon_s)
     else:
+        simulator.run(scenario.horizon_s)
         online = simulator.cluster.online
-        first_s, finish_s = online["first_s"].copy(), online["finish_s"].copy()
+        first_s, finish_s = (online["first_s"].copy(), online["finish_s"].copy())
+        if jobs:
+            first_s, finish_s = _job_times(simulator.log(), count)
     lost = int((~np.isfinite(finish_s)).sum())
     if lost:
         raise OocoError(
-            f"{lost} of {len(requests)} requests were never served: {scenario.kv_blocks} KV blocks and "
+            f"{run.name}: {lost} of {count} requests were never served: {scenario.kv_blocks} KV blocks and "
             f"{scenario.model.max_context_tokens} tokens of context must hold the longest"
         )
-    return first_s, finish_s
+    requests = run.requests
+    if run.concurrency is not None:
+        requests = replace(requests, arrival_s=closed_loop_arrivals(finish_s, run.concurrency))
+    return requests, times_of(requests, first_s, finish_s)
+
+
+def _run_endless(simulator: Simulator, run: Run, longest_s: float) -> tuple[Floats, Floats]:
+    """Until the first ``len(run.requests)`` jobs of the endless backlog have finished, more of them in flight."""
+    count, until_s = len(run.requests), 1.0
+    while True:
+        simulator.run(min(until_s, longest_s))
+        first_s, finish_s = _job_times(simulator.log(), count)
+        if np.isfinite(finish_s).all() or until_s >= longest_s:
+            return first_s, finish_s
+        until_s *= 1.5
+
+
+def closed_loop_arrivals(finish_s: Floats, clients: int) -> Floats:
+    """When the requests of a closed loop arrive: ``clients`` at 0, then one at each completion.
+
+    The simulator offers an endless backlog as many seats as there are clients, so a request starts at a completion at
+    the earliest, in order: what it waits for KV after that is part of its TTFT.
+    """
+    return np.concatenate([np.zeros(clients), np.sort(finish_s)])[: len(finish_s)]
 
 
 def _job_times(log: npt.NDArray[np.void], count: int) -> tuple[Floats, Floats]:
     """Of requests served as jobs the log tells the times; a recomputed prefill is not a first token."""
     times = []
     for kind in (events.PREFILLED, events.FINISHED):
-        found = log[(log["kind"] == kind) & (log["offline"] == 1)][::-1]
+        found = log[(log["kind"] == kind) & (log["offline"] == 1) & (log["request"] < count)][::-1]
         time_s = np.full(count, np.inf)
         time_s[found["request"]] = found["time_s"]  # the earliest is written last
         times.append(time_s)
@@ -102,32 +138,6 @@ def times_of(requests: Requests, first_s: Floats, finish_s: Floats) -> Times:
     gaps = requests.output_tokens - 1
     tpot_s = np.where(gaps > 0, (finish_s - first_s) / np.maximum(gaps, 1), np.nan)
     return Times(first_s - requests.arrival_s, tpot_s, finish_s - requests.arrival_s)
-
-
-def replay(run: Run, host_s: float) -> tuple[Requests, Times]:
-    """The run as simulated: its requests (with the arrivals that a closed loop has found) and their times."""
-    requests = run.requests
-    if run.concurrency is not None:
-        requests = closed_loop(run.deployment, requests, run.concurrency, host_s)
-    return requests, times_of(requests, *simulate(run.deployment, requests, host_s))
-
-
-def closed_loop(deployment: Deployment, requests: Requests, clients: int, host_s: float) -> Requests:
-    """The requests with the arrivals of a closed loop: ``clients`` at 0, then each at a completion.
-
-    A fixed point: simulate, let request k + clients arrive at the k-th completion, again. What happens until the first
-    wrong arrival is right, so every round is right for longer than the one before, and the end is exact.
-    """
-    arrival_s = np.zeros(min(clients, len(requests)))
-    for _ in range(MOST_ROUNDS):
-        count = len(arrival_s)
-        known = Requests(arrival_s, requests.prompt_tokens[:count], requests.output_tokens[:count])
-        _, finish_s = simulate(deployment, known, host_s)
-        following = np.concatenate([np.zeros(clients), np.sort(finish_s)])[: len(requests)]
-        if len(following) == count and np.abs(following - arrival_s).max() < 1e-6:
-            return known
-        arrival_s = following
-    raise OocoError(f"the closed loop of {clients} clients has no fixed point after {MOST_ROUNDS} rounds")
 
 
 def fit_host_s(run: Run) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline import HardwareSpec, resolve_hardware
+from ooco_gym.roofline import HardwareSpec, build_cost, resolve_hardware, resolve_model
 from ooco_gym.workload import Requests
 from ooco_gym.workload.trace import find_data
 
@@ -79,6 +79,33 @@ class Run:
         tpot_s = self.measured.tpot_s
         spread = np.nanquantile(tpot_s, 0.9) / np.nanmedian(tpot_s)
         return bool(np.quantile(waited_s, 0.9) <= most_s and spread <= BELOW_TPOT_SPREAD)
+
+
+    @property
+    def peak_share(self) -> float:
+        """Share of the datasheet's FLOP/s that a closed loop must have sustained by its own record (Little's law,
+        weights alone); nan for open streams."""
+        if self.concurrency is None:
+            return float("nan")
+        tokens = float(self.requests.prompt_tokens.mean() + self.requests.output_tokens.mean())
+        model, device = resolve_model(self.deployment.model), self.deployment.hardware
+        devices = self.deployment.cluster["tensor_parallel"]
+        flops = 2.0 * (model.params - model.hidden * model.vocab) * tokens
+        return float(flops * self.concurrency / self.measured.e2e_s[0] / (devices * device.peak_flops_per_s))
+
+    @property
+    def group(self) -> str:
+        """Runs of one deployment at different loads; for a closed loop device, model and precision."""
+        return " ".join(self.name.split()[:3]) if self.concurrency is not None else self.source
+
+
+MOST_PEAK_SHARE = 0.7
+
+
+def contradictory(runs: list[Run]) -> set[str]:
+    """Groups whose records contradict themselves: some run would have sustained a share of the datasheet's FLOP/s that
+    no device sustains while serving. What explains it (say, cached prompts) holds for the whole group."""
+    return {run.group for run in runs if run.peak_share > MOST_PEAK_SHARE}
 
 
 def read_rows(name: str, data_dir: str | None) -> list[Row]:
@@ -165,19 +192,17 @@ def bench(data_dir: str | None) -> list[Run]:
     return runs
 
 
-def _opt(data_dir: str | None, engine: str, source: str, label: str, deployment: Deployment, fitted: str) -> list[Run]:
-    rows = [row for row in read_rows("distserve_opt13b_requests", data_dir) if row["engine"] == engine]
+def _opt(data_dir: str | None, config: str, source: str, label: str, deployment: Deployment, fitted: str) -> list[Run]:
+    rows = [row for row in read_rows("distserve_opt13b_requests", data_dir) if row["config"] == config]
     runs = []
-    for (config, name), part in _grouped(rows, "config", "run").items():
-        if engine == "distserve" and not config.startswith("prefill 1 gpu"):
-            continue  # tensor parallel prefill beside single decode devices: the cluster has one degree for all
+    for (name,), part in _grouped(rows, "run").items():
         requests, times, _ = stream(column(part, "issue_s"), part, _times(part, _recorded_tpot_s(part)))
         runs.append(Run(source, name, label, deployment, requests, times, fits=name == fitted))
     return runs
 
 
-#: KV tokens on one A100 80GB beside OPT-13B, as recorded with DistServe's fitted latencies.
-OPT_KV_BLOCKS = 66144 // 16
+#: KV blocks beside OPT-13B on one A100 80GB and on two, as recorded with DistServe's fitted latencies.
+OPT_KV_BLOCKS, OPT_PAIR_KV_BLOCKS = 66144 // 16, 163008 // 16
 
 
 def opt_vllm(data_dir: str | None) -> list[Run]:
@@ -186,25 +211,48 @@ def opt_vllm(data_dir: str | None) -> list[Run]:
     deployment = Deployment(
         "opt-13b", resolve_hardware("a100"), "prefill-first", cluster, assumed="2560 tokens and 256 sequences a batch"
     )
-    return _opt(data_dir, "vllm", "opt-vllm", "vLLM 2023", deployment, "vllm-100-1")
+    return _opt(data_dir, "tp1", "opt-vllm", "vLLM 2023", deployment, "vllm-100-1")
 
 
 def opt_vllm_mixed(data_dir: str | None) -> list[Run]:
     """The same runs as if prompts shared iterations with decodes, for comparison; left out of the bars."""
     cluster = {"unified": 1, "chunk_tokens": 2560, "max_seqs": 256, "kv_blocks": OPT_KV_BLOCKS}
     deployment = Deployment("opt-13b", resolve_hardware("a100"), "chunked", cluster, assumed="mixed iterations")
-    return _opt(data_dir, "vllm", "opt-vllm-mixed", "vLLM 2023, mixed", deployment, "vllm-100-1")
+    return _opt(data_dir, "tp1", "opt-vllm-mixed", "vLLM 2023, mixed", deployment, "vllm-100-1")
+
+
+def pair(device: HardwareSpec, model: str) -> HardwareSpec:
+    """Two devices under tensor parallelism as one of twice the peaks, for a cluster that has one degree for all.
+
+    Times per token and per layer are those of two ranks with their all-reduce; GEMMs are shared out whole.
+    """
+    spec = resolve_model(model)
+    doubled = replace(
+        device, name=f"two {device.name}", peak_flops_per_s=2 * device.peak_flops_per_s,
+        hbm_bytes_per_s=2 * device.hbm_bytes_per_s, hbm_bytes=2 * device.hbm_bytes,
+    )  # fmt: skip
+    of_ranks, of_pair = build_cost(spec, device, tp=2)[0], build_cost(spec, doubled)[0]
+    calibrated = replace(
+        device.calibrated,
+        elementwise_bytes=device.calibrated.elementwise_bytes * float(of_pair["token_s"] / of_ranks["token_s"]),
+        elementwise_us=device.calibrated.elementwise_us + 2 * device.calibrated.allreduce_us,
+    )
+    return replace(doubled, calibrated=calibrated)
 
 
 def opt_distserve(data_dir: str | None) -> list[Run]:
-    """DistServe's engine: prefill on one A100, decode on another."""
+    """DistServe's engine: prefill on two A100, decode on a third. Its other deployments are left out: decode in a
+    pipeline cannot be said, and the runs released without a label do not say where they ran."""
+    device = resolve_hardware("a100")
     cluster = {
-        "relaxed": 1, "strict": 1, "max_batch_tokens": 2048, "max_seqs": 256, "kv_blocks": OPT_KV_BLOCKS,
-        "link_bytes_per_s": 300e9, "link_latency_s": 0.0,
+        "relaxed": 1, "strict": 1, "max_batch_tokens": 2048, "max_seqs": 256, "link_latency_s": 0.0,
+        "kv_blocks": [OPT_PAIR_KV_BLOCKS, OPT_KV_BLOCKS], "link_bytes_per_s": device.link_bytes_per_s,
+        "relaxed_hardware": pair(device, "opt-13b"),
     }  # fmt: skip
-    assumed = "one device each as the table says, NVLink, 2048 tokens a prefill batch"
-    deployment = Deployment("opt-13b", resolve_hardware("a100"), "disaggregated", cluster, assumed=assumed)
-    return _opt(data_dir, "distserve", "opt-distserve", "DistServe 2023", deployment, "distserve-100-1")
+    assumed = "NVLink between the devices, 2048 tokens a prefill batch"
+    deployment = Deployment("opt-13b", device, "disaggregated", cluster, assumed=assumed)
+    config = "prefill tp2pp1 + decode tp1pp1"
+    return _opt(data_dir, config, "opt-distserve", "DistServe 2023", deployment, "distserve-c21d11-300-3")
 
 
 SHAREGPT_ROWS = 252  # of a complete run; some files hold only the requests that finished
@@ -214,9 +262,11 @@ LLMD_STACKS = ("vllm-70b", "baseline-llm-d-70b", "vllm-70b-2replicas")
 def llmd(data_dir: str | None) -> list[Run]:
     """Llama-3.1-70B on pods of two A100, one and two replicas, without KV kept from elsewhere."""
     device = resolve_hardware("a100")
-    # vLLM counts 79.15 GiB per device, of which 0.9 are used; less weights and 1 GiB for activations.
-    kv_bytes = 2 * (0.9 * 79.15 * 2**30 - 2**30) - 141.1e9
-    blocks = int(kv_bytes / 327_680 / 16)
+    # Of 79.15 GiB per device, 0.95 less 1 GiB for activations, less the weights: 55,000 tokens, which is also where the
+    # KV that the saturated streams held at once (from their recorded times) levels off.
+    model = resolve_model("llama-3.1-70b")
+    kv_bytes = 2 * (0.95 * 79.15 - 1.0) * 2**30 - model.weight_bytes
+    blocks = int(kv_bytes / model.kv_bytes_per_token / 16)
     runs = []
     for (_, stack, workload, qps), rows in _grouped(
         read_rows("llmd_lmbench_requests", data_dir), "experiment", "stack", "workload", "target_qps"
@@ -245,6 +295,9 @@ AIC_MODELS = {
     "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
 }
 WAVES = 10  # requests per client: what InferenceX sends; not recorded elsewhere
+#: Lengths over the nominal ones, uniform. InferenceX draws from 0.8 to 1. The others do not say; were they equal, clients
+#: would go on in step for ever and wait for each other's prompts, which their short recorded TTFT rules out.
+LENGTH_SHARES = {"vLLM 0.12": (0.9, 1.1), "vLLM in InferenceX": (0.8, 1.0)}
 FITTED_AIC = {
     "vLLM 0.12": ("h100", "qwen3-32b", "", "2", "1024", "1024", "8"),
     "vLLM in InferenceX": ("h100", "llama-3.1-70b", "fp8", "4", "1024", "1024", "8"),
@@ -261,6 +314,13 @@ def fp8(device: HardwareSpec) -> HardwareSpec:
     )
 
 
+def drawn_lengths(count: int, prompt: int, output: int, shares: tuple[float, float]) -> Requests:
+    """``count`` requests at 0 with lengths uniform between ``shares`` of the nominal ones; always the same."""
+    random = np.random.default_rng(0)
+    lengths = [np.rint(random.uniform(*shares, count) * tokens).astype(np.int32) for tokens in (prompt, output)]
+    return Requests(np.zeros(count), *lengths)
+
+
 def aic(data_dir: str | None) -> list[Run]:
     """Closed loops on data-centre GPUs: mean TTFT and TPOT at a fixed number of clients."""
     runs = []
@@ -275,17 +335,17 @@ def aic(data_dir: str | None) -> list[Run]:
         hardware = fp8(resolve_hardware(device)) if quantised else resolve_hardware(device)
         deployment = Deployment(
             model, hardware, "chunked", cluster, {"bytes_per_param": 1.0} if quantised else {},
-            f"8192 tokens, 0.9 of the memory, 16-bit KV, {WAVES} requests per client, equal lengths",
+            f"8192 tokens, 0.9 of the memory, 16-bit KV, {WAVES} requests per client, lengths within a range",
         )  # fmt: skip
-        count = clients * WAVES
-        lengths = [np.full(count, int(row[name]), np.int32) for name in ("prompt_tokens", "output_tokens")]
+        requests = drawn_lengths(clients * WAVES, int(row["prompt_tokens"]), int(row["output_tokens"]),
+                                 LENGTH_SHARES[engine])  # fmt: skip
         ttft_s, tpot_s = float(row["ttft_ms"]) / 1e3, float(row["tpot_ms"]) / 1e3
-        e2e_s = ttft_s + (int(row["output_tokens"]) - 1) * tpot_s
+        e2e_s = ttft_s + (float(requests.output_tokens.mean()) - 1.0) * tpot_s
         key = (device, model, row["precision"], *(row[name] for name in _AIC_KEY))
         name = f"{device} {model} {row['precision'] or 'bf16'} tp{row['tensor_parallel']} " + "/".join(key[4:])
         measured = Times(np.array([ttft_s]), np.array([tpot_s]), np.array([e2e_s]))
         runs.append(
-            Run("aic", name, engine, deployment, Requests(np.zeros(count), *lengths), measured,
+            Run("aic", name, engine, deployment, requests, measured,
                 concurrency=clients, fits=key == FITTED_AIC[engine])  # fmt: skip
         )
     return runs
