@@ -145,7 +145,7 @@ def fit_host_s(run: Run) -> float:
     wanted_s = float(np.nanmean(run.measured.tpot_s))
 
     def error(host_s: float) -> float:
-        return float((np.nanmean(replay(run, host_s)[1].tpot_s) / wanted_s - 1.0) ** 2)
+        return float(abs(np.nanmean(replay(run, host_s)[1].tpot_s) / wanted_s - 1.0))
 
     found = minimize_scalar(error, bounds=(0.0, MOST_HOST_S), method="bounded", options={"xatol": 1e-5})
     return float(found.x)

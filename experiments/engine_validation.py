@@ -4,16 +4,16 @@
     python experiments/engine_validation.py --sources bench aic   some of them
     python experiments/engine_validation.py --rows                every closed loop, not only a line per deployment
 
-Nothing is tuned but `host time`, the engine's own seconds per iteration: one constant per engine version, fitted to the
-mean TPOT of one run, which is marked `fit` and not counted. There is no cost noise; a run always gives the same figures.
+Nothing is tuned but `host time`, the engine's own seconds per iteration: one constant per engine version, fitted to
+the mean TPOT of one run, which is marked `fit` and not counted. There is no cost noise: figures repeat exactly.
 
 A run is *below saturation* by its own record, never by the model: 9 of 10 requests queued for at most 0.1 s where
 queueing was recorded, or had their first token within 1 s; and their p90 of TPOT is within twice the median. Where only
 means were recorded, the mean TTFT is within 2 s.
 
-Errors are simulated over measured - 1. The bars hold for runs below saturation that were not fitted on, MAPE over runs:
-mean TPOT 6 %, output tokens per second 5 % (from the first arrival to the last token), median TTFT 10 % (mean TTFT where
-only that was recorded). `per request` is the mean over requests of |TPOT error|.
+Errors are simulated over measured - 1. The bars hold for runs below saturation that were not fitted on, MAPE over
+runs: mean TPOT 6 %, output tokens per second 5 % (from the first arrival to the last token), median TTFT 10 % (mean
+TTFT where only that was recorded). `per request` is the mean over requests of |TPOT error|.
 
 Writes results.json, with every run's resolved scenario, and cdf.png to `--out`.
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,17 @@ import numpy as np
 from engine_replay import SERVING, fit_host_s, fitting_runs, replay, scenario_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measured_streams import SOURCES, Floats, Run, Times, contradictory
+from measured_loops import closed_loops
+from measured_streams import STREAMS, Floats, Run, Times, contradictory, read_rows
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ooco_gym.errors import OocoError
+from ooco_gym.roofline import build_cost, decode_s, prefill_s, resolve_hardware, resolve_model
 from ooco_gym.workload import Requests
 
+SOURCES = {**STREAMS, "aic": closed_loops}
 BARS = {"tpot": 0.06, "throughput": 0.05, "ttft": 0.10}
 UNJUDGED = ("opt-vllm-mixed",)  # the same runs under other rules, for comparison
 
@@ -171,6 +174,25 @@ def print_closed_loops(rows: Sequence[Compared], every: bool, console: Console) 
     console.print(table)
 
 
+def print_engine_lines(data_dir: str | None, hosts: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Iterations of OPT-13B on one A100: lines that DistServe's authors fitted to each engine, and the cost model's."""
+    model, device = resolve_model("opt-13b"), resolve_hardware("a100")
+    for row in read_rows("distserve_fitted_latency_params", data_dir):
+        label = {"vllm": "vLLM 2023", "distserve": "DistServe 2023"}[row["engine"]]
+        if (row["model"], row["tensor_parallel"]) != ("facebook/opt-13b", "1") or label not in hosts:
+            continue
+        constant, linear, square = json.loads(row["prefill"])
+        fixed, per_context, per_sequence = json.loads(row["decoding_smallbs"])
+        cost = build_cost(model, device, host_s=hosts[label]["host_s"])[0]
+        console.print(
+            f"{label}, ms, their line and the cost model: prefill of 1,000 tokens "
+            f"{constant + 1e3 * linear + 1e6 * square:.0f} and {1e3 * prefill_s(cost, 1000.0):.0f}; decode of 1 with "
+            f"1,000 tokens {fixed + 1e3 * per_context + per_sequence:.1f} and {1e3 * decode_s(cost, 1.0, 1e3):.1f}, "
+            f"of 40 with 40,000 {fixed + 4e4 * per_context + 40 * per_sequence:.1f} and "
+            f"{1e3 * decode_s(cost, 40.0, 4e4):.1f}"
+        )
+
+
 def judge(rows: Sequence[Compared]) -> dict[str, dict[str, Any]]:
     """Errors against the bars: for every engine, below and above saturation, over the runs that count."""
     found: dict[str, dict[str, Any]] = {}
@@ -223,7 +245,8 @@ def plot_cdfs(rows: Sequence[Compared], path: Path) -> None:
             axis.grid(alpha=0.3)
         axes[0, column].set_title(row.run.name + (" (fitted)" if row.run.fits else ""), fontsize=9)
     axes[0, 0].legend()
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)  # a canvas that needs no display
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -247,6 +270,8 @@ def main() -> None:
             print_closed_loops(part, arguments.rows, console)
         else:
             print_streams(source, part, console)
+    if any(source.startswith("opt") for source in arguments.sources):
+        print_engine_lines(arguments.data_dir, hosts, console)
     verdict = judge(rows)
     print_bars(verdict, console)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ class Deployment:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One measured run. ``engine`` names the version that has one host time; the run with ``fits`` is where it is fitted.
+    """One measured run. ``engine`` names the version that has one host time, fitted on the run that ``fits``.
 
     With ``concurrency`` the load is a closed loop of as many clients and ``measured`` holds one row, the means.
     """
@@ -79,7 +79,6 @@ class Run:
         tpot_s = self.measured.tpot_s
         spread = np.nanquantile(tpot_s, 0.9) / np.nanmedian(tpot_s)
         return bool(np.quantile(waited_s, 0.9) <= most_s and spread <= BELOW_TPOT_SPREAD)
-
 
     @property
     def peak_share(self) -> float:
@@ -288,76 +287,10 @@ def llmd(data_dir: str | None) -> list[Run]:
     return runs
 
 
-AIC_DEVICES = {"h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200"}
-AIC_MODELS = {
-    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
-    "Qwen/Qwen3-32B": "qwen3-32b",
-    "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
-}
-WAVES = 10  # requests per client: what InferenceX sends; not recorded elsewhere
-#: Lengths over the nominal ones, uniform. InferenceX draws from 0.8 to 1. The others do not say; were they equal, clients
-#: would go on in step for ever and wait for each other's prompts, which their short recorded TTFT rules out.
-LENGTH_SHARES = {"vLLM 0.12": (0.9, 1.1), "vLLM in InferenceX": (0.8, 1.0)}
-FITTED_AIC = {
-    "vLLM 0.12": ("h100", "qwen3-32b", "", "2", "1024", "1024", "8"),
-    "vLLM in InferenceX": ("h100", "llama-3.1-70b", "fp8", "4", "1024", "1024", "8"),
-}
-
-
-def fp8(device: HardwareSpec) -> HardwareSpec:
-    """Twice the peak for GEMMs; attention stays at 16 bits."""
-    calibrated = replace(
-        device.calibrated, prefill_attention_flops=device.calibrated.prefill_attention_flops / 2, moe_flops=1.0
-    )
-    return replace(
-        device, name=f"{device.name}-fp8", peak_flops_per_s=2 * device.peak_flops_per_s, calibrated=calibrated
-    )
-
-
-def drawn_lengths(count: int, prompt: int, output: int, shares: tuple[float, float]) -> Requests:
-    """``count`` requests at 0 with lengths uniform between ``shares`` of the nominal ones; always the same."""
-    random = np.random.default_rng(0)
-    lengths = [np.rint(random.uniform(*shares, count) * tokens).astype(np.int32) for tokens in (prompt, output)]
-    return Requests(np.zeros(count), *lengths)
-
-
-def aic(data_dir: str | None) -> list[Run]:
-    """Closed loops on data-centre GPUs: mean TTFT and TPOT at a fixed number of clients."""
-    runs = []
-    for row in read_rows("aic_silicon_e2e_ttft_tpot", data_dir):
-        known = row["hardware"] in AIC_DEVICES and row["model"] in AIC_MODELS and row["client_concurrency"]
-        if not known or (row["backend"], row["mode"]) != ("vllm", "agg") or row["precision"] not in ("", "fp8"):
-            continue
-        engine = "vLLM 0.12" if row["backend_version"] else "vLLM in InferenceX"
-        device, model, clients = AIC_DEVICES[row["hardware"]], AIC_MODELS[row["model"]], int(row["client_concurrency"])
-        quantised = row["precision"] == "fp8"
-        cluster = {"unified": 1, "tensor_parallel": int(row["tensor_parallel"]), "max_seqs": 1024, "chunk_tokens": 8192}
-        hardware = fp8(resolve_hardware(device)) if quantised else resolve_hardware(device)
-        deployment = Deployment(
-            model, hardware, "chunked", cluster, {"bytes_per_param": 1.0} if quantised else {},
-            f"8192 tokens, 0.9 of the memory, 16-bit KV, {WAVES} requests per client, lengths within a range",
-        )  # fmt: skip
-        requests = drawn_lengths(clients * WAVES, int(row["prompt_tokens"]), int(row["output_tokens"]),
-                                 LENGTH_SHARES[engine])  # fmt: skip
-        ttft_s, tpot_s = float(row["ttft_ms"]) / 1e3, float(row["tpot_ms"]) / 1e3
-        e2e_s = ttft_s + (float(requests.output_tokens.mean()) - 1.0) * tpot_s
-        key = (device, model, row["precision"], *(row[name] for name in _AIC_KEY))
-        name = f"{device} {model} {row['precision'] or 'bf16'} tp{row['tensor_parallel']} " + "/".join(key[4:])
-        measured = Times(np.array([ttft_s]), np.array([tpot_s]), np.array([e2e_s]))
-        runs.append(
-            Run("aic", name, engine, deployment, requests, measured,
-                concurrency=clients, fits=key == FITTED_AIC[engine])  # fmt: skip
-        )
-    return runs
-
-
-_AIC_KEY = ("tensor_parallel", "prompt_tokens", "output_tokens", "client_concurrency")
-
-SOURCES = {
+STREAMS = {
     "bench": bench,
     "opt-vllm": opt_vllm,
     "opt-vllm-mixed": opt_vllm_mixed,
     "opt-distserve": opt_distserve,
     "llmd": llmd,
-    "aic": aic,
 }
