@@ -193,16 +193,41 @@ def print_engine_lines(data_dir: str | None, hosts: Mapping[str, Mapping[str, An
         )
 
 
+def tokens_held(run: Run, at_s: float) -> float:
+    """KV tokens of the requests that were between first and last token then, by their recorded times, none shared."""
+    first_s = run.requests.arrival_s + run.measured.ttft_s
+    finish_s = run.requests.arrival_s + run.measured.e2e_s
+    done = (at_s - first_s) / (finish_s - first_s)
+    tokens = run.requests.prompt_tokens + done * run.requests.output_tokens
+    return float(tokens[(first_s <= at_s) & (at_s < finish_s)].sum())
+
+
+def print_sharing(rows: Sequence[Compared], data_dir: str | None, console: Console) -> None:
+    """Whether prompts shared KV: the engine's own count of it against the tokens of its requests, while none waits."""
+    run = next(row.run for row in rows if row.run.name.startswith("RTX4090"))
+    capacity = run.deployment.cluster["kv_blocks"] * run.deployment.cluster["block_tokens"]
+    ratios = [
+        float(row["kv_cache_pct"]) / 100 * capacity / held
+        for row in read_rows("llmservingsim_bench_vllm_timeseries", data_dir)
+        if row["hardware"] == "RTX4090" and row["waiting"] == "0" and (held := tokens_held(run, float(row["t"]))) > 0
+    ]
+    console.print(
+        f"RTX4090: KV in use over the tokens of the requests in it, {len(ratios)} seconds without a queue: median "
+        f"{np.median(ratios):.2f}; prefix caching was on, and had next to nothing to share if that is near 1"
+    )
+
+
+def _label(row: Compared) -> str:
+    return f"{row.run.engine} {row.run.workload}".strip()
+
+
 def judge(rows: Sequence[Compared]) -> dict[str, dict[str, Any]]:
-    """Errors against the bars: for every engine, below and above saturation, over the runs that count."""
+    """Errors against the bars: for every engine and workload, below and above saturation, over the runs that count."""
     found: dict[str, dict[str, Any]] = {}
-    for engine in dict.fromkeys(row.run.engine for row in rows if row.run.source not in UNJUDGED):
+    counted = [row for row in rows if row.judged]
+    for label in dict.fromkeys(_label(row) for row in counted):
         for below in (True, False):
-            part = [
-                row.errors()
-                for row in rows
-                if row.run.engine == engine and row.judged and row.run.below_saturation == below
-            ]
+            part = [row.errors() for row in counted if (_label(row), row.run.below_saturation) == (label, below)]
             if not part:
                 continue
             entry: dict[str, Any] = {"runs": len(part), "below_saturation": below}
@@ -211,7 +236,7 @@ def judge(rows: Sequence[Compared]) -> dict[str, dict[str, Any]]:
                 entry[name] = {"mape": mape(errors), "bias": float(np.mean(errors)) if errors else float("nan")}
                 if name in BARS:
                     entry[name]["met"] = bool(entry[name]["mape"] <= BARS[name]) if below and errors else None
-            found[f"{engine}, {'below' if below else 'above'}"] = entry
+            found[f"{label}, {'below' if below else 'above'}"] = entry
     return found
 
 
@@ -270,6 +295,8 @@ def main() -> None:
             print_closed_loops(part, arguments.rows, console)
         else:
             print_streams(source, part, console)
+    if "bench" in arguments.sources:
+        print_sharing([row for row in rows if row.run.source == "bench"], arguments.data_dir, console)
     if any(source.startswith("opt") for source in arguments.sources):
         print_engine_lines(arguments.data_dir, hosts, console)
     verdict = judge(rows)

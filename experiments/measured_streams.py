@@ -65,6 +65,7 @@ class Run:
     queue_s: Floats | None = None
     concurrency: int | None = None
     fits: bool = False
+    workload: str = ""  # where one engine was measured under unlike ones, which are judged apart
 
     @property
     def below_saturation(self) -> bool:
@@ -283,7 +284,18 @@ def llmd(data_dir: str | None) -> list[Run]:
         requests, times, _ = stream(column(rows, "launch_s"), rows, _times(rows, tpot_s))
         kind = "short" if workload != "sharegpt" else "ShareGPT"
         fits = (stack, workload, qps) == ("vllm-70b", "sharegpt", "0.5")
-        runs.append(Run("llmd", f"{stack} {kind} {qps}/s", "vLLM in llm-d", deployment, requests, times, fits=fits))
+        runs.append(
+            Run(
+                "llmd",
+                f"{stack} {kind} {qps}/s",
+                "vLLM in llm-d",
+                deployment,
+                requests,
+                times,
+                fits=fits,
+                workload=kind,
+            )
+        )
     return runs
 
 

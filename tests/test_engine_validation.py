@@ -108,7 +108,10 @@ def test_arrivals_of_a_closed_loop():
 @pytest.mark.parametrize("serving", CLUSTERS)
 def test_the_fit_finds_the_host_time_that_made_the_stream(busy, serving):
     measured = replay(run_of(busy, serving), 0.0037)[1]
-    assert fit_host_s(run_of(busy, serving, measured)) == pytest.approx(0.0037, rel=0.02)
+    found_s = fit_host_s(run_of(busy, serving, measured))
+    assert found_s == pytest.approx(0.0037, rel=0.05)  # not exactly: who shares a batch jumps with it
+    again = replay(run_of(busy, serving), found_s)[1]
+    assert np.nanmean(again.tpot_s) == pytest.approx(np.nanmean(measured.tpot_s), rel=2e-3)
 
 
 def test_a_replay_repeats_exactly(busy):
@@ -173,6 +176,12 @@ def test_eight_bits_halve_what_they_should():
 def test_times_of_a_request_with_one_token():
     found = times_of(requests_of((1.0, 5, 1), (2.0, 5, 3)), np.array([1.5, 3.0]), np.array([1.5, 4.0]))
     assert found.ttft_s.tolist() == [0.5, 1.0] and np.isnan(found.tpot_s[0]) and found.tpot_s[1] == 0.5
+
+
+def test_tokens_held_grow_from_the_prompt_to_the_whole_request():
+    requests = requests_of((0.0, 100, 10), (50.0, 7, 3))
+    run = run_of(requests, measured=times([1.0, 1.0], 0.1, 2.0))
+    assert [engine_validation.tokens_held(run, at_s) for at_s in (0.5, 1.0, 1.5, 3.0)] == [0.0, 100.0, 105.0, 0.0]
 
 
 BENCH = ROOT.parent / "shared" / "data" / "measured" / "llmservingsim_bench_vllm_requests.csv.gz"
