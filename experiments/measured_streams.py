@@ -186,9 +186,10 @@ def bench(data_dir: str | None) -> list[Run]:
         queued_s = column(rows, "arrival_s") + column(rows, "queued_minus_arrival_jitter_ms") / 1e3
         requests, times, order = stream(queued_s, rows, _times(rows, _recorded_tpot_s(rows)))
         queue_s = (column(rows, "queue_ms") / 1e3)[order]
-        fits = (device, model) == FITTED_BENCH
         name = f"{device} {model.removesuffix('-Instruct-2507')}"
-        runs.append(Run("bench", name, "vLLM 0.19", deployment, requests, times, queue_s, fits=fits))
+        run = Run("bench", name, "vLLM 0.19", deployment, requests, times, queue_s)
+        workload = "expert parallel" if changes else "dense"
+        runs.append(replace(run, fits=(device, model) == FITTED_BENCH, workload=workload))
     return runs
 
 
