@@ -4,7 +4,7 @@
     python experiments/roofline_validation.py --devices h100           one of them
     python experiments/roofline_validation.py --data-dir /data         measured/ lies in /data
 
-Whole iterations are put together from kernels measured alone (ooco_gym/roofline/measured.py says how). The constants
+Whole iterations are put together from kernels measured alone (measured_iterations.py says how). The constants
 are fitted with every model left out in turn; RTX 4090 has one model, and its errors are in sample. Beside them:
 
   preset      conf/hardware as it is (fitted to all of these models)
@@ -36,6 +36,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import measured_iterations as measured
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
@@ -43,7 +44,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline import measured
 from ooco_gym.roofline.calibrate import (
     BOUNDS,
     Fit,

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline import measured, resolve_hardware
+from ooco_gym.roofline import resolve_hardware
 from ooco_gym.roofline.calibrate import errors, fit, from_two_numbers, predict_s, terms
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
+import measured_iterations as measured  # noqa: E402
 import roofline_validation as validation  # noqa: E402
 
 FOLDER = ROOT.parent / "shared" / "data" / "measured"

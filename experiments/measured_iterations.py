@@ -62,7 +62,7 @@ MEMORY_SHARE = 0.9  # of the device, for weights and KV cache
 
 def folder(data_dir: str | None = None) -> Path:
     """``measured/`` in ``data_dir``, else in OOCO_DATA, else in ../shared/data; raises OocoError where it is absent."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
     found = Path(data_dir or os.environ.get("OOCO_DATA") or beside).expanduser() / "measured"
     if not found.is_dir():
         raise OocoError(f"{found} is not there: name the folder that holds measured/ with --data-dir or OOCO_DATA")
