@@ -53,6 +53,7 @@ def trained(trace, tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_the_main_job_on_a_real_window(trained):
     folder, printed = trained
     results = json.loads((folder / "results.json").read_text())
@@ -78,6 +79,7 @@ def test_the_main_job_on_a_real_window(trained):
     assert list((folder / "wandb").glob("offline-run-*")), "W&B works without an account"
 
 
+@pytest.mark.slow
 def test_a_trained_policy_loads_and_compares(trained, tmp_path):
     folder, _ = trained
     policy = load_policy(folder / "policy")
@@ -104,6 +106,7 @@ def test_a_trained_policy_loads_and_compares(trained, tmp_path):
     assert (tmp_path / "compare" / "comparison.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_trace_and_two_runs_of_ones_own(trained, tmp_path):
     folder, _ = trained
     trace = tmp_path / "mine.csv"
@@ -125,6 +128,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "hydra.run.dir" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
