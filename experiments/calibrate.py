@@ -29,6 +29,7 @@ expect. The preset goes to conf/hardware/NAME.yaml, or to --out.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from dataclasses import replace
@@ -113,6 +114,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write (conf/hardware/NAME.yaml)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     arguments = parser.parse_args()
+    if not re.fullmatch(r"[a-z][a-z0-9._-]*", arguments.name) or arguments.name in ("true", "false", "null"):
+        parser.error(
+            f"--name is '{arguments.name}', accepted are small letters, digits, '-', '_' and '.', a letter first"
+        )
+    if arguments.two_numbers and not all(share <= 1.5 for share in arguments.two_numbers):
+        parser.error(f"--two-numbers are {arguments.two_numbers}, shares of the peaks are needed, at most 1.5")
+    if not 0.0 <= arguments.host_ms < float("inf"):
+        parser.error(f"--host-ms is {arguments.host_ms}, milliseconds of at least 0 are needed")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     path = arguments.out or presets.conf_dir() / "hardware" / f"{arguments.name}.yaml"
     try:

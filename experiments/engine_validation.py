@@ -283,6 +283,10 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of the data; otherwise OOCO_DATA, otherwise ../shared/data")
     parser.add_argument("--out", type=Path, default=Path("runs/engine_validation"), help="(runs/engine_validation)")
     arguments = parser.parse_args()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out {arguments.out}: {error.strerror}; a folder that can be written to is needed")
     console = Console() if sys.stdout.isatty() else Console(width=190)
     try:
         runs = [run for source in arguments.sources for run in SOURCES[source](arguments.data_dir)]

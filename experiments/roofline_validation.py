@@ -407,6 +407,10 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder that holds measured/; otherwise OOCO_DATA, otherwise ../shared/data")
     parser.add_argument("--out", type=Path, default=Path("runs/roofline"), help="results and figures (runs/roofline)")
     arguments = parser.parse_args()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out {arguments.out}: {error.strerror}; a folder that can be written to is needed")
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         data = measured.folder(arguments.data_dir)

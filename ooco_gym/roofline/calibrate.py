@@ -111,7 +111,9 @@ class Measurement:
             if not math.isfinite(value) or value < 0:
                 raise OocoError(f"{entry.name} is {value!r}, a finite number of at least 0 is needed")
         if self.seconds <= self.host_s:
-            raise OocoError(f"the time is {self.seconds * 1e3:g} ms, more than the engine's {self.host_s * 1e3:g} ms")
+            raise OocoError(
+                f"the time is {self.seconds * 1e3:g} ms, no more than the {self.host_s * 1e3:g} ms of the engine"
+            )
         if self.kind != "gemm" and self.model is None:
             raise OocoError(f"model is missing, a row of kind '{self.kind}' needs it")
         if self.kind == "gemm":
@@ -120,6 +122,8 @@ class Measurement:
             needed = ("tokens",)
         else:
             needed = ()
+            if self.decodes > 0 and self.context_tokens <= 0:
+                raise OocoError("decodes is above 0, so context_tokens is needed")
             if self.prefill_tokens * self.prefills + self.decodes <= 0:
                 raise OocoError("prefill_tokens and decodes are both 0, a batch needs one of them")
         for name in needed:
@@ -462,7 +466,7 @@ def read_table(path: str | Path, host_ms: float = 0.0) -> list[Measurement]:
     """
     path = Path(path)
     try:
-        with path.open(newline="", encoding="utf-8") as lines:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
             header = reader.fieldnames or []
             unknown = [name for name in header if name not in COLUMNS]

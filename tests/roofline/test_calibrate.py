@@ -186,7 +186,7 @@ REFUSED = {
     "no model": ("kind,ms,decodes,context_tokens\niteration,1,4,4\n", "row 1: model is missing"),
     "unknown model": ("kind,ms,model,decodes\niteration,1,abacus,4\n", "row 1: unknown model 'abacus'"),
     "empty batch": ("kind,ms,model\niteration,1,llama-3.1-8b\n", "row 1: prefill_tokens and decodes are both 0"),
-    "tp": ("kind,ms,model,tp,decodes\niteration,1,llama-3.1-8b,3,4\n", "row 1: tensor_parallel is 3"),
+    "tp": ("kind,ms,model,tp,prefill_tokens\niteration,1,llama-3.1-8b,3,4\n", "row 1: tensor_parallel is 3"),
     "tp not whole": ("kind,ms,model,tp,decodes\niteration,1,llama-3.1-8b,1.5,4\n", "row 1: tp is '1.5'"),
     "negative size": ("kind,ms,model,decodes\niteration,1,llama-3.1-8b,-4\n", "row 1: decodes is -4"),
     "one device": ("kind,ms,model,tp,tokens\nallreduce,1,llama-3.1-8b,1,4\n", "row 1: tp is 1"),
@@ -215,7 +215,7 @@ def test_the_engines_part_is_taken_off_whole_iterations(tmp_path):
     (tmp_path / "own.csv").write_text(content, encoding="utf-8")
     measured = terms(read_table(tmp_path / "own.csv", host_ms=2.0), TRUE).measured_s
     assert measured.tolist() == pytest.approx([8e-3, 1e-3])
-    with pytest.raises(OocoError, match="more than the engine's 11 ms"):
+    with pytest.raises(OocoError, match="no more than the 11 ms of the engine"):
         read_table(tmp_path / "own.csv", host_ms=11.0)
 
 
