@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from rich.table import Table
 from ooco_gym.cluster.control import KNOB_NAMES, action_to_knobs, ooco_action, ooco_knobs
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation import episode_seeds
-from ooco_gym.evaluation.hindsight import windowed_hindsight
+from ooco_gym.evaluation.hindsight import held_reward, windowed_hindsight
 from ooco_gym.evaluation.statistics import Estimate, mean_interval
 from ooco_gym.evaluation.suite import load_suite
 from ooco_gym.scenario import Scenario
@@ -46,9 +47,9 @@ def rewards(scenario: Scenario, knobs: Vector, seeds: Sequence[int]) -> list[flo
     """Reward per episode of one knob vector held throughout."""
 
     def one(seed: int) -> float:
-        return windowed_hindsight(scenario, seed, [knobs], scenario.episode_s, PRICE).first
+        return held_reward(scenario, seed, knobs, PRICE)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, seeds))
 
 
@@ -142,7 +143,7 @@ def main() -> None:
             }
             others = [tuned[name]["tuned-ooco"], shared, ooco_knobs()]
             candidates = neighbours(tuned[name]["tuned-all"], others, 8 if arguments.quick else 28, arguments.seed)
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
                 gains = list(pool.map(lambda s: windowed_hindsight(scenario, s, candidates, price=PRICE), seeds))  # noqa: B023
         over_global = mean_interval(values["tuned-all"] - values["tuned-global"])
         over_all = mean_interval([gain.hindsight - gain.first for gain in gains])

@@ -35,7 +35,7 @@ def windowed_hindsight(
     scenario: Scenario, seed: int, candidates: Sequence[Vector], window_s: float = 60.0, price: float = 5.0
 ) -> Gain:
     """One episode: the first candidate held throughout, and the best candidate of every window in hindsight."""
-    first = _held(scenario, seed, candidates[0], window_s, price)
+    first = held_reward(scenario, seed, candidates[0], price)
     simulator = _warm(scenario, seed)
     total, switches, last = 0.0, 0, 0
     while simulator.now_s < scenario.horizon_s:
@@ -52,7 +52,8 @@ def windowed_hindsight(
     return Gain(first, total / scenario.episode_s, switches)
 
 
-def _held(scenario: Scenario, seed: int, knobs: Vector, window_s: float, price: float) -> float:
+def held_reward(scenario: Scenario, seed: int, knobs: Vector, price: float = 5.0) -> float:
+    """Reward of one episode per instance-second under one knob vector held throughout."""
     simulator = _warm(scenario, seed)
     return _window(simulator, scenario, knobs, scenario.horizon_s, price) / scenario.episode_s
 
