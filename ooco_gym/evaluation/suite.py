@@ -17,6 +17,7 @@ from ooco_gym.scenario import build_scenario
 from ooco_gym.workload.sources import ROLES, Role
 
 _OWN_KEYS = ("role", "load")
+_DEPLOYMENT = ("model", "hardware", "cluster", "slo", "cost")
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,24 @@ class Entry:
     load: float
     config: Mapping[str, Any]
 
+    @property
+    def deployment(self) -> str:
+        """What an operator fixes before any request comes: scenarios with the same words share tuned constants."""
+        said = [f"{group}={_words(self.config[group])}" for group in _DEPLOYMENT if group in self.config]
+        return " ".join(said) or "default"
+
     def admitted(self, **settings: Any) -> Admission:
         """Built with ``settings`` (episode_s, data_dir, ...) over the entry's config, at ``load`` times the admitted
         rate. Raises OocoError where a trace is not at hand or the admission rule fails."""
         admission = admit(build_scenario({**self.config, **settings}))
         scale = admission.rate_scale * self.load
         return Admission(admission.scenario.with_rate_scale(scale), scale, admission.violation_rate)
+
+
+def _words(choice: Any) -> str:
+    if isinstance(choice, Mapping):
+        return "{" + ",".join(f"{key}:{value}" for key, value in choice.items()) + "}"
+    return str(choice)
 
 
 def load_suite(name: str, *roles: Role) -> list[Entry]:
