@@ -13,6 +13,7 @@ from typing import Any
 from ooco_gym import presets
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.admission import Admission, admit
+from ooco_gym.policy import ConstantPolicy
 from ooco_gym.scenario import build_scenario
 from ooco_gym.workload.sources import ROLES, Role
 
@@ -41,6 +42,18 @@ class Entry:
         admission = admit(build_scenario({**self.config, **settings}))
         scale = admission.rate_scale * self.load
         return Admission(admission.scenario.with_rate_scale(scale), scale, admission.violation_rate)
+
+
+def tuned_policy(tuned: str, level: str, deployment: str) -> ConstantPolicy:
+    """The constants that ``conf/tuned/NAME.yaml`` holds for a deployment; one vector for all where level is
+    tuned-global. Raises OocoError where it has none."""
+    table = presets.load("tuned", tuned).get(level, {})
+    knobs = table if level == "tuned-global" else table.get(deployment)
+    if not knobs:
+        raise OocoError(
+            f"tuned '{tuned}': no {level} for the deployment '{deployment}'; known are {'; '.join(map(str, table))}"
+        )
+    return ConstantPolicy(level, {}, knobs, f"constants tuned on training scenarios ({tuned})")
 
 
 def _words(choice: Any) -> str:
