@@ -214,13 +214,15 @@ def chosen_entries(settings: Mapping[str, Any]) -> list[Entry]:
     for role in listed(settings, "roles"):
         if role not in ROLES:
             raise OocoError(f"roles: '{role}' is unknown, accepted are {', '.join(ROLES)}")
-    entries = load_suite(str(settings["suite"]), *settings["roles"])
+    entries = load_suite(str(settings["scenarios"]), *settings["roles"])
     if settings["only"] is None:
         return entries
     known = [entry.name for entry in entries]
     for name in listed(settings, "only"):
         if name not in known:
-            raise OocoError(f"only: no scenario '{name}' in suite '{settings['suite']}', known are {', '.join(known)}")
+            raise OocoError(
+                f"only: no scenario '{name}' in suite '{settings['scenarios']}', known are {', '.join(known)}"
+            )
     return [entry for entry in entries if entry.name in settings["only"]]
 
 
@@ -234,7 +236,14 @@ def main(config: DictConfig) -> None:
     entries = chosen_entries(settings)
     seeds = episode_seeds("evaluation", whole(settings, "seed", 0), whole(settings, "seeds", 1))
     bench = Bench(
-        contenders(listed(settings, "policies")), seeds, settings["tuned"], control_interval(settings), [], [], [], []
+        contenders(listed(settings, "policies")),
+        seeds,
+        str(settings["constants"]),
+        control_interval(settings),
+        [],
+        [],
+        [],
+        [],
     )
     for contender in bench.contenders:  # a tuned constant that is missing is said before anything runs
         for entry in entries:

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -69,7 +70,7 @@ class Effort:
     neighbours: int  # random candidates of the hindsight
 
 
-FULL = Effort(24, 2, 300.0, 16, 600.0, 8, 16)
+FULL = Effort(24, 2, 600.0, 16, 600.0, 8, 16)
 QUICK = Effort(4, 1, 200.0, 4, 300.0, 4, 7)
 
 
@@ -202,7 +203,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="names of training scenarios; default all")
     parser.add_argument("--quick", action="store_true", help="few generations, four episodes of 300 s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/headroom"), help="folder of results.json and tuned.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/headroom"),
+        help="folder of results.json and tuned.yaml; default runs/headroom",
+    )
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
     console = Console() if sys.stdout.isatty() else Console(width=150)
@@ -244,19 +250,21 @@ def run(entries: Sequence[Entry], arguments: argparse.Namespace, effort: Effort,
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "scenario" else "right")
     results: dict[str, Any] = {}
+    tuned = {
+        "tuned-global": named(everywhere),
+        **{
+            level: {deployment: named(vectors[level]) for deployment, vectors in by_deployment.items()}
+            for level in ("tuned-ooco", "tuned-all")
+        },
+        "tuned-here": {name: named(knobs) for name, knobs in here.items()},
+    }
+    OmegaConf.save(OmegaConf.create(tuned), arguments.out / "tuned.yaml")
     output = {
         "suite": arguments.suite,
         "price": PRICE,
         "seed": arguments.seed,
         "effort": asdict(effort),
-        "tuned": {
-            "tuned-global": named(everywhere),
-            **{
-                level: {deployment: named(tuned[level]) for deployment, tuned in by_deployment.items()}
-                for level in ("tuned-ooco", "tuned-all")
-            },
-            "tuned-here": {name: named(knobs) for name, knobs in here.items()},
-        },
+        "tuned": tuned,
         "scenarios": results,
     }
     for name, scenario in scenarios.items():
@@ -275,7 +283,7 @@ def run(entries: Sequence[Entry], arguments: argparse.Namespace, effort: Effort,
         means = [f"{100 * np.mean(row['rewards'][level]):.1f}" for level in LEVELS]
         table.add_row(name, *means, *(show(Estimate(**estimate)) for estimate in estimates))
     console.print(table)
-    console.print(f"results.json: {arguments.out}")
+    console.print(f"results.json, and tuned.yaml, which conf/tuned/NAME.yaml may become: {arguments.out}")
 
 
 if __name__ == "__main__":

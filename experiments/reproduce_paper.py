@@ -32,7 +32,7 @@ from ooco_gym.evaluation.figures import colour
 from ooco_gym.evaluation.report import write_json
 from ooco_gym.evaluation.statistics import Estimate, summarise
 from ooco_gym.policy import Policy
-from ooco_gym.scenario import Scenario, build_scenario
+from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
 
 #: Fig. 23 of the report: sustained offline requests/s; the last column reached the end of its sweep.
 PUBLISHED = {
@@ -71,7 +71,13 @@ class Study:
         return admission.scenario.with_rate_scale(admission.rate_scale * float(changes.get("load", 1.0)))
 
     def prober(self, policy: Policy, scenario: Scenario, label: str) -> Prober:
-        identity = json.dumps([repr(scenario), scenario.online.rate_scale, dict(policy.rules), label], default=str)
+        # What is written in the preset files, not only their names: a changed file is another scenario.
+        config = {
+            group: presets.load(group, value) if group in DEFAULT_PRESETS and isinstance(value, str) else value
+            for group, value in scenario.settings.items()
+        }
+        knobs = dict(getattr(policy, "knobs", {}))
+        identity = json.dumps([config, scenario.episode_s, scenario.warmup_s, dict(policy.rules), knobs], default=str)
         key = f"{policy.name} {label} {blake2b(identity.encode(), digest_size=8).hexdigest()}"
         return Prober(policy, scenario, self.seeds, memory=self.folder / "probes.jsonl", key=key)
 
@@ -185,6 +191,17 @@ def sensitivity(study: Study, workload: str, variants: Mapping[str, Mapping[str,
     return rows
 
 
+def chosen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sensitivity rows that ``rows`` names, all where it is null; raises OocoError on an unknown one."""
+    known, rows = settings["sensitivity"], settings["rows"]
+    if rows is None:
+        return dict(known)
+    unknown = [row for row in rows if row not in known] if isinstance(rows, list) else [rows]
+    if unknown:
+        raise OocoError(f"rows: '{unknown[0]}' is unknown, accepted is a list of some of {', '.join(known)}")
+    return {row: known[row] for row in rows}
+
+
 def draw(results: Mapping[str, Any], limit: float, path: Path) -> None:
     """Violation rate over the offline rate, one panel per workload, published capacities as ticks on the line."""
     workloads = list(results)
@@ -210,12 +227,13 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if settings["quick"]:
         settings |= QUICK
-        settings["sensitivity"] = dict(list(settings["sensitivity"].items())[:3])
+        settings["rows"] = settings["rows"] or list(settings["sensitivity"])[:3]
     whole(settings, "seeds", 2)
     console, folder = make_console(), Path(HydraConfig.get().runtime.output_dir)
     workloads, limits = listed(settings, "workloads"), [float(limit) for limit in listed(settings, "limits")]
     for workload in workloads:
         presets.load("workload", workload)
+    settings["sensitivity"] = chosen_rows(settings)
     save_config(settings, folder)
     study = Study(settings, folder, console)
     compile_kernel(build_scenario({key: settings[key] for key in SCENARIO_KEYS if key in settings}))
