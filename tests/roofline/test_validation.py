@@ -9,16 +9,16 @@ import gzip
 from dataclasses import replace
 from pathlib import Path
 
+import measured_iterations as measured
 import numpy as np
 import pytest
+import roofline_validation as validation
 
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import resolve_hardware
 from ooco_gym.roofline.calibrate import errors, fit, from_two_numbers, predict_s, terms
 
 ROOT = Path(__file__).resolve().parents[2]
-import measured_iterations as measured
-import roofline_validation as validation
 
 FOLDER = ROOT.parent / "shared" / "data" / "measured"
 needs_data = pytest.mark.skipif(
