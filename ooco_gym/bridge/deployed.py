@@ -6,6 +6,8 @@ A constant needs neither a network nor onnxruntime, so the fallback of the gatew
 from __future__ import annotations
 
 import hashlib
+import importlib
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +59,8 @@ class DeployedNetwork:
 
     def action(self, observation: Actions) -> Actions:
         """Deterministic action, float32 [KNOB_COUNT], of one observation."""
-        return self.actions(observation[None].astype(np.float32, copy=False))[0]
+        actions = self.actions(observation[None].astype(np.float32, copy=False))
+        return actions.reshape(KNOB_COUNT)
 
     def decide(self, telemetry: Telemetry) -> Knobs:
         return action_to_knobs(self.action(observe(telemetry)))
@@ -136,13 +139,15 @@ def _check_saved_sizes(folder: Path) -> None:
 def _session(network: bytes) -> Any:
     """An onnxruntime session on the calling thread whose one input and one output are those of a policy."""
     try:
-        import onnxruntime
+        onnxruntime = importlib.import_module("onnxruntime")
     except ImportError:
         raise OocoError("a policy network needs onnxruntime: pip install 'ooco-gym[bridge]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4  # errors come as exceptions
+    # Weights in a file beside the network would escape the digest: they are looked for where nothing can be.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", f"{os.devnull}/none")
     try:
         session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no base class of its own

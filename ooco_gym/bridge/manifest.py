@@ -26,8 +26,8 @@ MAX_NETWORK_BYTES = 64 << 20
 MAX_NAME = 200
 KINDS = ("constant", "network")
 ACTION_TO_KNOB = (
-    "u = clip((action + 0.9) / 1.8, 0, 1); knob = low + u * (high - low), or low * (high / low) ** u where log is true; "
-    "a knob within 1e-6 * max(ooco, 1) of ooco is ooco"
+    "u = clip((action + 0.9) / 1.8, 0, 1); knob = low + u * (high - low), or low * (high / low) ** u where log is "
+    "true; a knob within 1e-6 * max(ooco, 1) of ooco is ooco"
 )
 
 
@@ -137,7 +137,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
 
 
 def _compare(what: str, theirs: Any, ours: list[dict[str, Any]], ignored: str) -> None:
-    """Equal names, bounds and formulas in equal order, up to one entry of prose; raises OocoError at the first other."""
+    """Equal entries in equal order, but for one of prose; raises OocoError at the first that differs."""
     if not isinstance(theirs, list) or len(theirs) != len(ours):
         count = len(theirs) if isinstance(theirs, list) else type(theirs).__name__
         raise OocoError(f"{what} has {count} entries, this version has {len(ours)}; train and export it again")
