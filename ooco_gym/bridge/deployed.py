@@ -26,14 +26,15 @@ from ooco_gym.bridge.manifest import (
     read_file,
     read_manifest,
 )
-from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES, action_to_knobs
+from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES, action_to_knobs, ooco_knobs
 from ooco_gym.cluster.observation import OBSERVATION_SIZE, observe
-from ooco_gym.cluster.telemetry import Telemetry
+from ooco_gym.cluster.telemetry import FIRST_KNOB, Telemetry
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import ConstantPolicy, Knobs, Policy, load_policy
 
 FALLBACKS = ("ooco",)
 Actions = npt.NDArray[np.float32]
+_REHEARSAL = Telemetry(np.array([0.0] * FIRST_KNOB + ooco_knobs().tolist()))
 
 
 class DeployedNetwork:
@@ -69,9 +70,19 @@ class DeployedNetwork:
 def load_deployed(folder: str | Path) -> Policy:
     """The policy of an export folder, or of a folder saved by training; raises OocoError that says what is wrong.
 
-    A network is checked against the manifest's SHA-256 and for its inputs and outputs before it may decide.
+    A network is checked against the manifest's SHA-256 and for its inputs and outputs. Every policy decides once before
+    it is returned, so that the first decision that counts waits for no compiler or cache.
     """
     folder = Path(folder)
+    policy = _load(folder)
+    try:
+        policy.decide(_REHEARSAL)
+    except OocoError as error:
+        raise OocoError(f"policy {folder}: {error}") from None
+    return policy
+
+
+def _load(folder: Path) -> Policy:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "not found"
         raise OocoError(f"policy {folder}: {what}, a folder with {MANIFEST} or policy.json is needed")

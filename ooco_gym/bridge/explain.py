@@ -39,8 +39,8 @@ python -m ooco_gym.bridge explain policy/ telemetry.json example=true   first wr
 
 Shows a Telemetry record in words and units, the observation that the policy makes of it, and the knobs that it chooses
 beside OOCO's; for a network also the three observation entries that each changed knob depends on most. telemetry.json
-holds every field of the record; the example is a simulated cluster after two minutes of the default scenario (compiling
-the simulator takes a minute or two, once).
+holds every field of the record, or is a line of the gateway's decision log; the example is a simulated cluster after
+two minutes of the default scenario (compiling the simulator takes a minute or two, once).
 """
 
 #: What a knob counts, and the Telemetry field that turns it into an absolute figure, with that figure's unit.
@@ -317,8 +317,10 @@ def _driver_table(explanation: Explanation) -> Table:
 
 
 def read_record(path: Path) -> Telemetry:
-    """A Telemetry record from a JSON file; raises OocoError that names the file and the field."""
+    """A Telemetry record from a JSON file, alone or inside a decision; raises OocoError that names file and field."""
     content = read_object(path)
+    if isinstance(content.get("telemetry"), dict):
+        content = content["telemetry"]  # a line of the gateway's decision log
     try:
         telemetry = Telemetry.from_dict(content)
         check_knobs(telemetry.values[FIRST_KNOB : FIRST_KNOB + len(KNOBS)])

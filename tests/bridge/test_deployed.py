@@ -380,10 +380,14 @@ def test_a_network_that_reads_another_file_is_not_loaded(exported_network, tmp_p
 
 
 def test_an_action_that_is_not_finite_is_an_error(exported_network):
+    """Of every observation: refused on loading. Of some: when it happens, for the gateway to fall back."""
     weight = np.full((OBSERVATION_SIZE, KNOB_COUNT), np.nan, np.float32)
-    folder = replace_network(exported_network, handmade(weight=weight).SerializeToString())
+    refused(replace_network(exported_network, handmade(weight=weight).SerializeToString()), "not 10 finite numbers")
+    weight = np.zeros((OBSERVATION_SIZE, KNOB_COUNT), np.float32)
+    weight[0] = 3e38  # overflows where queued prefill is above 1
+    policy = load_deployed(replace_network(exported_network, handmade(weight=weight).SerializeToString()))
     with pytest.raises(OocoError, match="not 10 finite numbers"):
-        load_deployed(folder).decide(record())
+        policy.decide(record(queued_prefill_mean_s=2.0, ttft_slo_s=0.5))
 
 
 def test_a_network_that_fails_is_an_error(exported_network):

@@ -205,6 +205,12 @@ def test_an_example_is_written_once(policy_folder, tmp_path, capsys):
     assert "is not overwritten" in capsys.readouterr().err
 
 
+def test_a_line_of_the_decision_log_is_a_record_too(policy_folder, telemetry_json, capsys):
+    telemetry_json.write_text(json.dumps({"policy": "ooco", "telemetry": record(4).to_dict(), "took_s": 0.1}))
+    assert explain_command([str(policy_folder), str(telemetry_json), "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["telemetry"] == record(4).to_dict()
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
