@@ -56,6 +56,7 @@ KNOB_UNITS: dict[str, tuple[str, str | None, str]] = {
     "pushback": ("of strict KV", None, ""),
     "strict_share": ("of all instances", None, ""),
 }
+TOP_OF_RANGE = {"prefill_chunk": "the whole prompt", "pushback": "off"}
 
 
 @dataclass(frozen=True)
@@ -187,12 +188,17 @@ def in_words(value: float, unit: str) -> str:
 def knob_in_words(knob: Knob, value: float, telemetry: Telemetry) -> str:
     """A setting with its unit and, where the deployment gives a scale, what it comes to there."""
     unit, field, absolute = KNOB_UNITS[knob.name]
-    if knob.name == "prefill_chunk" and value >= knob.high:
-        return "the whole prompt"
-    if knob.name == "pushback" and value >= knob.high:
-        return "off"
-    plain = f"{value:,.0f} {unit}" if unit.startswith("tokens") else f"{value:.3g} {unit}"
-    return f"{plain} = {in_words(value * telemetry[field], absolute)}" if field else plain
+    plain = bare_setting(knob, value)
+    if plain in TOP_OF_RANGE.values():
+        return plain
+    return f"{plain} {unit} = {in_words(value * telemetry[field], absolute)}" if field else f"{plain} {unit}"
+
+
+def bare_setting(knob: Knob, value: float) -> str:
+    """A setting as a number, or the word for the top of a range where that means something else than a number."""
+    if knob.name in TOP_OF_RANGE and value >= knob.high:
+        return TOP_OF_RANGE[knob.name]
+    return f"{value:,.0f}" if KNOB_UNITS[knob.name][0].startswith("tokens") else f"{value:.3g}"
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
@@ -291,12 +297,10 @@ def _observation_table(explanation: Explanation) -> Table:
 def _knob_table(explanation: Explanation) -> Table:
     table = _table(f"Knobs chosen by {escape(explanation.policy)}", "knob", "chosen", "in force", "OOCO", "meaning")
     for decision in explanation.decisions:
-        said = [
-            knob_in_words(decision.knob, value, explanation.telemetry)
-            for value in (decision.value, decision.in_force, decision.knob.ooco)
-        ]
-        said[0] = f"[bold]{said[0]}[/bold]" if decision.changed else said[0]
-        table.add_row(decision.knob.name, *said, escape(decision.knob.meaning))
+        chosen = knob_in_words(decision.knob, decision.value, explanation.telemetry)
+        others = [bare_setting(decision.knob, value) for value in (decision.in_force, decision.knob.ooco)]
+        chosen = f"[bold]{chosen}[/bold]" if decision.changed else chosen
+        table.add_row(decision.knob.name, chosen, *others, escape(decision.knob.meaning))
     return table
 
 

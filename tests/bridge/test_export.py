@@ -162,6 +162,12 @@ def test_the_network_carries_nothing_of_the_machine_that_made_it(exported):
         assert trace not in content
 
 
+def test_exporting_again_gives_the_same_bytes(exported, tmp_path):
+    again = export_policy(Source(network(), {"seed": 0}), tmp_path / "again")
+    for name in ("policy.onnx", "manifest.json"):
+        assert (again / name).read_bytes() == (exported[0] / name).read_bytes()
+
+
 def test_the_provenance_and_the_table_of_a_run(tmp_path):
     run = fake_run(tmp_path / "run-1", CONSTANT)
     for folder in (run, run / "policy"):
