@@ -1,59 +1,45 @@
-"""Command lines of the form ``COMMAND POSITIONAL... key=value...``, and mistakes in them told in one sentence."""
+"""Command lines of the form ``COMMAND PATH... key=value...``, and mistakes in them told in one sentence.
+
+Values are taken as they are written: most are names of files, and a folder called 007 or null is none other.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from collections.abc import Callable, Mapping, Sequence
 
 from ooco_gym.errors import OocoError
 
 Command = Callable[[list[str]], int]
 
 
-def parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Positional arguments and ``key=value`` settings among ``known``; raises OocoError on anything else.
+def parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Paths, and ``key=value`` settings among ``known``; raises OocoError on any other, empty or repeated setting.
 
-    What names something on disk is positional, even with '=' in it.
+    What has a '/' before its first '=' is a path.
     """
-    positional: list[str] = []
-    pairs: list[str] = []
+    paths: list[str] = []
+    settings: dict[str, str] = {}
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if not equals or "/" in key:
-            positional.append(argument)
-        elif key not in known:
+            paths.append(argument)
+            continue
+        if key not in known:
             raise OocoError(f"unknown setting '{key}': known are {', '.join(known)}; --help explains them")
-        else:
-            pairs.append(argument)
-    try:
-        settings = OmegaConf.to_container(OmegaConf.from_cli(pairs), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise OocoError(f"{' '.join(pairs)}: {str(error).splitlines()[0]}") from None
-    assert isinstance(settings, dict)
-    return positional, {str(key): value for key, value in settings.items()}
+        if not value or key in settings:
+            raise OocoError(f"{key}= is given {'twice' if key in settings else 'no value'}, {key}=VALUE is needed once")
+        settings[key] = value
+    return paths, settings
 
 
-def text(settings: dict[str, Any], key: str, default: str) -> str:
-    """A setting as text; raises OocoError when it is empty or a list."""
-    value = settings.get(key, default)
-    if value is None or isinstance(value, (dict, list)) or not str(value):
-        raise OocoError(f"{key} is {value!r}, {key}=TEXT is needed")
-    return str(value)
-
-
-def choice(settings: dict[str, Any], key: str, choices: Sequence[Any]) -> Any:
+def choice(settings: Mapping[str, str], key: str, choices: Sequence[str]) -> str:
     """One of ``choices``, the first where the setting is absent; raises OocoError otherwise."""
     value = settings.get(key, choices[0])
-    for accepted in choices:
-        if type(value) is type(accepted) and value == accepted:
-            return accepted
-    raise OocoError(f"{key} is {value!r}, accepted are {', '.join(str(accepted).lower() for accepted in choices)}")
+    if value not in choices:
+        raise OocoError(f"{key} is '{value}', accepted are {', '.join(choices)}")
+    return value
 
 
 def command(usage: str) -> Callable[[Command], Command]:

@@ -93,8 +93,7 @@ def _load(folder: Path) -> Policy:
             raise OocoError(f"policy {folder}: {str(error).removeprefix(f'{folder}/')}") from None
     for saved in (folder / "policy", folder):
         if (saved / "policy.json").exists():
-            _check_saved_sizes(saved)
-            return load_policy(saved)
+            return _load_saved(saved)
     raise OocoError(f"policy {folder}: neither {MANIFEST} (an export) nor policy.json (a saved policy) is in it")
 
 
@@ -129,7 +128,20 @@ def _constant(manifest: Mapping[str, Any]) -> ConstantPolicy:
     if not isinstance(settings, dict) or set(settings) != set(KNOB_NAMES):
         raise OocoError(f"{MANIFEST}: settings must give all of {', '.join(KNOB_NAMES)}")
     description = manifest.get("description", "")
-    return ConstantPolicy(manifest["name"], manifest["rules"], settings, str(description))
+    try:
+        return ConstantPolicy(manifest["name"], manifest["rules"], settings, str(description))
+    except OverflowError:
+        raise OocoError(f"{MANIFEST}: a setting is too large for a float64") from None
+
+
+def _load_saved(folder: Path) -> Policy:
+    _check_saved_sizes(folder)
+    try:
+        return load_policy(folder)
+    except OocoError:
+        raise
+    except Exception as error:  # what a damaged archive or a header that lies makes zlib and numpy raise
+        raise OocoError(f"policy {folder}: not a saved policy ({error!r})") from None
 
 
 def _check_saved_sizes(folder: Path) -> None:

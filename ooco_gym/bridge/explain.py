@@ -349,7 +349,7 @@ def explain_command(arguments: list[str]) -> int:
         raise OocoError(f"{len(positional)} paths are given, the policy's folder and telemetry.json are needed")
     form = choice(settings, "format", ("table", "json"))
     policy, path = load_deployed(positional[0]), Path(positional[1])
-    if choice(settings, "example", (False, True)):
+    if choice(settings, "example", ("false", "true")) == "true":
         _write_example(path)
     explanation = explain(policy, read_record(path))
     if form == "json":

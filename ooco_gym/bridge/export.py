@@ -28,7 +28,7 @@ from rich.markup import escape
 
 import ooco_gym
 from ooco_gym.bridge import manifest as schema
-from ooco_gym.bridge.arguments import command, parse, text
+from ooco_gym.bridge.arguments import command, parse
 from ooco_gym.bridge.deployed import DeployedNetwork, load_deployed
 from ooco_gym.bridge.onnx_network import write_network
 from ooco_gym.cluster.control import KNOB_NAMES
@@ -278,8 +278,8 @@ def export_command(arguments: list[str]) -> int:
     folders, settings = parse(arguments, ("out", "baseline"))
     if len(folders) + ("baseline" in settings) != 1:
         raise OocoError("one policy is needed: RUN_DIR, or baseline=NAME; --help shows both")
-    source = source_from_folder(folders[0]) if folders else source_from_baseline(text(settings, "baseline", ""))
-    out = export_policy(source, text(settings, "out", "policy"))
+    source = source_from_folder(folders[0]) if folders else source_from_baseline(settings["baseline"])
+    out = export_policy(source, settings.get("out", "policy"))
     manifest = schema.read_manifest(out)
     compared, console = manifest["parity"], Console(highlight=False, soft_wrap=True)
     size = sum(path.stat().st_size for path in out.iterdir())

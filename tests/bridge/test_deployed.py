@@ -263,6 +263,7 @@ def test_prose_may_differ(exported):
         ({}, "settings must give all of"),
         (dict.fromkeys((*KNOB_NAMES, "more"), 1.0), "settings must give all of"),
         ({**dict.fromkeys(KNOB_NAMES, 0.6), "prefill_chunk": 512, "gate_batch": 99}, "'gate_batch' is 99"),
+        ({**dict.fromkeys(KNOB_NAMES, 0.6), "gate_batch": 10**400}, "too large"),
         ({**dict.fromkeys(KNOB_NAMES, 0.6), "gate_batch": "1"}, "'gate_batch' is '1'"),
         ({**dict.fromkeys(KNOB_NAMES, 0.6), "prefill_chunk": 512, "gate_batch": float("nan")}, "'gate_batch' is nan"),
     ],
@@ -429,6 +430,37 @@ def test_saved_arrays_that_unpack_to_more_than_the_limit(tmp_path):
 def test_saved_arrays_that_are_damaged(tmp_path, content):
     folder = save_policy(network(), tmp_path / "saved")
     (folder / "weights.npz").write_bytes(content)
+    refused(folder)
+
+
+def _deflated(path):
+    with np.load(path) as arrays:
+        np.savez_compressed(path, **dict(arrays))
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+
+
+def _of_a_petabyte(path):
+    """A header that claims more than there is memory."""
+    with zipfile.ZipFile(path, "w") as archive:
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10, 100000000000000), }"
+        archive.writestr("weight_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+@pytest.mark.parametrize("spoil", [_deflated, _of_a_petabyte])
+def test_saved_arrays_that_make_numpy_fail_in_other_ways(tmp_path, spoil):
+    folder = save_policy(network(), tmp_path / "saved")
+    spoil(folder / "weights.npz")
+    refused(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"knobs": {"gate_batch": 1' + "0" * 400 + "}}"])
+def test_a_saved_manifest_that_makes_python_fail_in_other_ways(tmp_path, content):
+    folder = save_policy(CONSTANT, tmp_path / "saved")
+    if content.startswith("{"):
+        content = json.dumps(json.loads((folder / "policy.json").read_text()) | json.loads(content))
+    (folder / "policy.json").write_text(content)
     refused(folder)
 
 

@@ -294,6 +294,14 @@ def test_a_baseline_outside_a_checkout(tmp_path):
     assert done.returncode == 2 and "run this in the checkout" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["007", "null", "1e3", "a=b", "{x}"])
+def test_a_folder_is_called_as_it_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_policy(CONSTANT, tmp_path / "run" / name)
+    assert export_command([f"run/{name}", f"out={name}"]) == 0
+    assert load_deployed(tmp_path / name).name == "patient"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -303,9 +311,9 @@ def test_a_baseline_outside_a_checkout(tmp_path):
         (["{}/absent"], "not found"),
         (["baseline=oracle"], "unknown baseline 'oracle'"),
         (["baseline=ooco", "to=x"], "unknown setting 'to': known are out, baseline"),
-        (["baseline=ooco", "out="], "out is None"),
-        (["baseline=ooco", "out=[1]"], "out is [1]"),
-        (["baseline=[ooco"], "[ooco"),
+        (["baseline=ooco", "out="], "out= is given no value"),
+        (["baseline=ooco", "out={}/a", "out={}/b"], "out= is given twice"),
+        (["baseline=[ooco"], "unknown baseline '[ooco'"),
         (["baseline=ooco", "out=/proc/none/out"], "/proc/none"),
     ],
 )
