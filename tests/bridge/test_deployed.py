@@ -141,16 +141,15 @@ def test_a_decision_takes_less_than_a_millisecond(tmp_path):
     assert np.percentile(taken_s, 99) < 1e-3
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
 def test_a_decision_stays_on_its_thread(exported_network):
-    """No second thread computes: the CPU time of the process is that of the calling thread."""
-    policy = load_deployed(exported_network[0])
-    observations = random_observations(2000)
-    policy.actions(observations)
-    process, thread = time.process_time(), time.thread_time()
-    for _ in range(50):
-        policy.actions(observations)
-    process, thread = time.process_time() - process, time.thread_time() - thread
-    assert process < 1.5 * thread + 0.05
+    """A pool of its own would compete with the gateway for the cores."""
+    load_deployed(exported_network[0])  # whatever the libraries start once
+    before = len(list(Path("/proc/self/task").iterdir()))
+    policies = [load_deployed(exported_network[0]) for _ in range(3)]
+    for policy in policies:
+        policy.actions(random_observations(2000))
+    assert len(list(Path("/proc/self/task").iterdir())) == before
 
 
 # What is refused.
