@@ -105,9 +105,18 @@ def show(estimate: Estimate | None, digits: int = 2) -> str:
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def main_table(study: Study, workload: str, limits: list[float]) -> dict[str, Any]:
+def named_workload(entry: Any) -> tuple[str, dict[str, Any]]:
+    """An entry of ``workloads``: a preset's name, or a mapping with ``workload`` and what else it needs."""
+    changes = dict(entry) if isinstance(entry, Mapping) else {"workload": entry}
+    if not isinstance(changes.get("workload"), str):
+        raise OocoError(f"workloads: {entry!r} is not understood, a name or a mapping with workload: NAME is needed")
+    presets.load("workload", changes["workload"])
+    return changes.pop("workload"), changes
+
+
+def main_table(study: Study, workload: str, changes: Mapping[str, Any], limits: list[float]) -> dict[str, Any]:
     """One workload: capacities beside the published ones, saturated throughput, and the points of the curve."""
-    scenario = study.admitted(workload, {})
+    scenario = study.admitted(workload, changes)
     found = study.capacities(scenario, workload, limits)
     bound = offline_bound(scenario, study.seeds)
     published = PUBLISHED.get(workload, {})
@@ -205,7 +214,7 @@ def chosen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
 def draw(results: Mapping[str, Any], limit: float, path: Path) -> None:
     """Violation rate over the offline rate, one panel per workload, published capacities as ticks on the line."""
     workloads = list(results)
-    figure = Figure(figsize=(4.6 * len(workloads), 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(3.6 * len(workloads), 3.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, workload in zip(figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True):
         for name, row in results[workload]["policies"].items():
@@ -230,23 +239,22 @@ def main(config: DictConfig) -> None:
         settings["rows"] = settings["rows"] or list(settings["sensitivity"])[:3]
     whole(settings, "seeds", 2)
     console, folder = make_console(), Path(HydraConfig.get().runtime.output_dir)
-    workloads, limits = listed(settings, "workloads"), [float(limit) for limit in listed(settings, "limits")]
-    for workload in workloads:
-        presets.load("workload", workload)
+    workloads = dict(named_workload(entry) for entry in listed(settings, "workloads"))
+    limits = [float(limit) for limit in listed(settings, "limits")]
     settings["sensitivity"] = chosen_rows(settings)
     save_config(settings, folder)
     study = Study(settings, folder, console)
     compile_kernel(build_scenario({key: settings[key] for key in SCENARIO_KEYS if key in settings}))
     results: dict[str, Any] = {"workloads": {}, "sensitivity": {}}
     try:
-        for workload in workloads:
+        for workload, changes in workloads.items():
             try:
-                results["workloads"][workload] = main_table(study, workload, limits)
+                results["workloads"][workload] = main_table(study, workload, changes, limits)
             except OocoError as error:
                 console.print(f"{workload}: left out, {error}")
             write_json(folder / "results.json", results)
-        if settings["sensitivity"] and results["workloads"]:
-            first = next(iter(results["workloads"]))
+        first = next(iter(workloads))
+        if settings["sensitivity"] and first in results["workloads"]:
             results["sensitivity"] = sensitivity(study, first, settings["sensitivity"], limits[0])
     except KeyboardInterrupt:
         console.print(f"interrupted: run it again with hydra.run.dir={folder} to resume")
