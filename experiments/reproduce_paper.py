@@ -175,27 +175,41 @@ def curve(study: Study, policy: Policy, scenario: Scenario, label: str) -> list[
     return points
 
 
-def sensitivity(study: Study, workload: str, variants: Mapping[str, Mapping[str, Any]], limit: float) -> dict[str, Any]:
-    """Capacities with one assumption changed at a time."""
-    names = [policy.name for policy in study.policies]
-    title = f"{workload}, one assumption changed: offline requests/s at {limit:.0%}"
+def sensitivity(
+    study: Study,
+    workload: str,
+    given: Mapping[str, Any],
+    variants: Mapping[str, Mapping[str, Any]],
+    limits: list[float],
+) -> dict[str, Any]:
+    """Capacities at the first limit and gains of ooco at the first two, with one assumption changed at a time."""
+    limits, names = limits[:2], [policy.name for policy in study.policies]
+    rivals = [name for name in ("base-pd", "online-priority") if {name, "ooco"} <= set(names)]
+    title = f"{workload}, one assumption changed: offline requests/s at {limits[0]:.0%}, and gains of ooco"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("assumption", *names, "ooco / base-pd", "ooco / online-priority"):
+    gains = [(rival, limit) for rival in rivals for limit in limits]
+    for heading in ("assumption", *names, *(f"/ {rival}\nat {limit:.0%}" for rival, limit in gains)):
         table.add_column(heading, justify="left" if heading == "assumption" else "right")
     rows: dict[str, Any] = {}
     for label, changes in variants.items():
         try:
-            scenario = study.admitted(workload, changes)
+            scenario = study.admitted(workload, {**given, **changes})
         except OocoError as error:
-            study.console.print(f"{label}: left out, {error}")
+            study.console.print(f"[yellow]{workload}, {label}[/yellow] left out: {error}")
             continue
-        found = study.capacities(scenario, f"{workload} {label}", [limit])
-        ratios = [
-            capacity_ratio(found["ooco"][limit], found[rival][limit]) if {"ooco", rival} <= set(found) else None
-            for rival in ("base-pd", "online-priority")
-        ]
-        rows[label] = {name: asdict(found[name][limit].rate_per_s) for name in names}
-        table.add_row(label, *(f"{found[name][limit].rate_per_s.value:.2f}" for name in names), *map(show, ratios))
+        found = study.capacities(scenario, f"{workload} {label}", limits)
+        ratios = [capacity_ratio(found["ooco"][limit], found[rival][limit]) for rival, limit in gains]
+        rows[label] = {
+            "capacity_per_s": {
+                name: {f"{limit:g}": asdict(found[name][limit].rate_per_s) for limit in limits} for name in names
+            },
+            "bounded_by": {name: found[name][limits[0]].bounded_by for name in names},
+            "gains_of_ooco": {
+                f"{rival} at {limit:g}": ratio and asdict(ratio)
+                for (rival, limit), ratio in zip(gains, ratios, strict=True)
+            },
+        }
+        table.add_row(label, *(f"{found[name][limits[0]].rate_per_s.value:.2f}" for name in names), *map(show, ratios))
     study.console.print(table)
     return rows
 
@@ -253,9 +267,11 @@ def main(config: DictConfig) -> None:
             except OocoError as error:
                 console.print(f"{workload}: left out, {error}")
             write_json(folder / "results.json", results)
-        first = next(iter(workloads))
-        if settings["sensitivity"] and first in results["workloads"]:
-            results["sensitivity"] = sensitivity(study, first, settings["sensitivity"], limits[0])
+        for workload in listed(settings, "sensitivity_of") if settings["sensitivity"] else []:
+            results["sensitivity"][workload] = sensitivity(
+                study, workload, workloads.get(workload, {}), settings["sensitivity"], limits
+            )
+            write_json(folder / "results.json", results)
     except KeyboardInterrupt:
         console.print(f"interrupted: run it again with hydra.run.dir={folder} to resume")
         raise

@@ -145,6 +145,7 @@ def test_the_papers_figure_in_a_small_form(tmp_path):
         *small,
         *SHORT,
         "workloads=[ooc-like]",
+        "sensitivity_of=[ooc-like]",
         "rows=[slo-loose]",
         f"hydra.run.dir={tmp_path}",
     ]
