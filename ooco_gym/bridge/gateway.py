@@ -128,21 +128,18 @@ class Completions:
         too_large = Refused(413, f"the body is larger than limits.max_body_bytes ({most})", code="body_too_large")
         if length.isdigit() and int(length) > most:
             raise too_large
-        message = await receive() if b"content-length" in headers and length == b"0" else None
-        if message is None:
-            try:
-                async with asyncio.timeout(self.config.timeouts.body_s):
+        try:
+            async with asyncio.timeout(self.config.timeouts.body_s):
+                message = await receive()
+                body: bytes = message.get("body", b"")
+                while message["type"] == "http.request" and message.get("more_body", False):
+                    if len(body) > most:
+                        raise too_large
                     message = await receive()
-                    body: bytes = message.get("body", b"")
-                    while message["type"] == "http.request" and message.get("more_body", False):
-                        if len(body) > most:
-                            raise too_large
-                        message = await receive()
-                        body += message.get("body", b"")
-            except TimeoutError:
-                raise Refused(408, f"the body did not arrive within timeouts.body_s ({self.config.timeouts.body_s:g} s)") from None
-        else:
-            body = b""
+                    body += message.get("body", b"")
+        except TimeoutError:
+            limit_s = self.config.timeouts.body_s
+            raise Refused(408, f"the body did not arrive within timeouts.body_s ({limit_s:g} s)") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         if len(body) > most:
