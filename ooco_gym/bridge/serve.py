@@ -148,9 +148,11 @@ class Server(uvicorn.Server):
         self.on_started: Callable[[int], None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn would raise the signal again once it has ended in order; an orderly end is status 0.
+        self.force_exit = self.should_exit
+        self.should_exit = True
         with suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(self.bridge.begin_shutdown)
-        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
