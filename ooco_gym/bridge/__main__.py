@@ -14,7 +14,7 @@ from ooco_gym.errors import OocoError
 HELP = """\
 python -m ooco_gym.bridge COMMAND ...          a policy from simulation in front of live vLLM servers
 
-  export RUN_DIR out=policy/                   a trained run or a saved policy as ONNX and a manifest: no torch needed to run
+  export RUN_DIR out=policy/                   a trained run or a saved policy as ONNX and a manifest, without torch
   explain policy/ telemetry.json               what a policy sees in one telemetry record and what it decides, in words
   serve config=cluster.yaml policy=policy/     an OpenAI-compatible gateway over relaxed and strict vLLM instances
 
