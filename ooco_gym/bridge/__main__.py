@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"error: {error.name} is not installed: pip install 'ooco-gym[bridge,export]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say, not at exit either
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -114,10 +114,10 @@ async def _relay(
         if not more:
             break
         chunk += more
-    if EVENT_END not in chunk:
-        raise InstanceError(f"{instance.name}: the stream ended before its first event")
     if SSE_ERROR in chunk:
         raise _refusal(chunk)
+    if chunk.count(EVENT_END) <= opening and DONE not in chunk:
+        raise InstanceError(f"{instance.name}: the stream ended before its first token")
     instance.first_streamed += 1
     kept: list[bytes] | None = None if out is not None else []
     if out is not None:

@@ -95,7 +95,7 @@ class Completions:
                 400, f"the body is a JSON {type(payload).__name__}, an object is needed", code="invalid_json"
             )
         needed, kinds = ("messages", (list,)) if path.endswith("chat/completions") else ("prompt", (str, list))
-        if not isinstance(payload.get(needed), kinds):
+        if not isinstance(payload.get(needed), kinds) and not (needed == "prompt" and "prompt_embeds" in payload):
             what = "a list" if len(kinds) == 1 else "a text or a list"
             raise RefusedError(400, f"'{needed}' must be {what}", needed, "invalid_value")
         for name in ("stream",):

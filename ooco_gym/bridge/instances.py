@@ -219,7 +219,7 @@ def prefill_body(payload: Mapping[str, Any], connector: str) -> bytes:
         body["max_completion_tokens"] = 1
     if connector == "nixl":
         body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def decode_body(request: Request, payload: Mapping[str, Any], answer: Mapping[str, Any], connector: str) -> bytes:
@@ -233,7 +233,7 @@ def decode_body(request: Request, payload: Mapping[str, Any], answer: Mapping[st
     if not isinstance(params, Mapping) or not params:
         raise InstanceError("the prefill instance sent no kv_transfer_params")
     body = {**payload, "kv_transfer_params": params}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def make_session(timeouts: Timeouts) -> aiohttp.ClientSession:

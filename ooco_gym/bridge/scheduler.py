@@ -190,7 +190,7 @@ class Scheduler:
     async def complete(self, path: str, body: Mapping[str, Any], request_id: str) -> tuple[int, dict[str, Any]]:
         """Run one offline request of a job to its end: HTTP status and JSON body of its answer."""
         payload = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
-        raw = json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
+        raw = json.dumps(payload, separators=(",", ":")).encode()
         request = Request(
             request_id, path, raw, False, False, self.forwarder.lengths.estimate(path, payload), most_tokens(payload)
         )
@@ -354,6 +354,8 @@ class Scheduler:
     def after_scrape(self, instance: Instance) -> None:
         """An online request that the engine keeps waiting for room shows that an estimate was wrong: make room now."""
         scrape, load = instance.scrape, instance.load
+        if scrape is None or scrape.first_tokens is None:
+            self._assume_prefilled(instance)
         if scrape is None or self.config.dry_run or self.placement.rules["preemption"] == "iteration":
             return
         stuck = [other for other in load.requests if other.online and other.phase != DECODE
@@ -363,6 +365,14 @@ class Scheduler:
             for victim in newest_first[: len(stuck)]:
                 self._preempt(victim, instance)
         self.wake()
+
+    def _assume_prefilled(self, instance: Instance) -> None:
+        """Without the engine's count of first tokens the prediction says which unstreamed requests decode."""
+        now_s = self.ledger.now_s()
+        for request in list(instance.load.requests):
+            late = now_s - request.dispatched_s > request.predicted_prefill_s
+            if late and request.blind and request.phase != DECODE:
+                instance.load.prefilled(request)
 
     def sweep(self) -> None:
         """Give up on instances that went silent and on clients that do not read."""

@@ -183,6 +183,7 @@ def make_server(bridge: Bridge) -> Server:
             lifespan="on",
             server_header=False,
             date_header=False,
+            timeout_keep_alive=30,
             timeout_graceful_shutdown=int(bridge.config.timeouts.drain_s) + 3,
         ),
     )

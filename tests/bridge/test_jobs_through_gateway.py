@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the bridge extra is not installed")
 pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
-openai = pytest.importorskip("openai", reason="the bridge extra is not installed")
 pytest.importorskip("ooco_gym.bridge.jobs", reason="the job API is not there")
+pytest.importorskip("openai", reason="the dev extra is not installed")
+import openai
 from fake_upstream import FakeUpstream, upstreams
 from harness import config_for, gateway
 
