@@ -409,10 +409,14 @@ def most_tokens(payload: Mapping[str, Any]) -> int | None:
 
 
 def is_single(payload: Mapping[str, Any]) -> bool:
-    """One prompt and one answer."""
+    """One prompt and one answer that may be cut after its first token, as a hand-over of KV needs it.
+
+    An engine that has to call a tool refuses to be cut: the one token is no complete call.
+    """
     prompt = payload.get("prompt")
     several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    return not several and payload.get("n", 1) in (1, None) and payload.get("best_of", 1) in (1, None)
+    forced = payload.get("tool_choice") not in (None, "auto", "none")
+    return not (several or forced) and payload.get("n", 1) in (1, None) and payload.get("best_of", 1) in (1, None)
 
 
 def _error_answer(status: int, message: str) -> Answer:

@@ -8,6 +8,7 @@ second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -237,6 +238,8 @@ def main(settings: Mapping[str, Any]) -> None:
     print(f"policy {policy.name}{' (dry run: nothing is enforced)' if config.dry_run else ''}", file=sys.stderr)
     for note in bridge.notes:
         print(f"note: {note}", file=sys.stderr)
+    gc.collect()
+    gc.freeze()  # the compiler's hundreds of thousands of objects: walking them again would stop streams for 100 ms
     server = make_server(bridge)
     server.on_started = lambda port: print(
         f"listening on http://{config.listen.host}:{port}", file=sys.stderr, flush=True

@@ -270,6 +270,20 @@ def test_failed_hand_over_is_computed_again():
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    "extra", [{"n": 2}, {"prompt": ["a", "b"]}, {"tool_choice": "required"}, {"max_tokens": 1}, {"best_of": 2}]
+)
+def test_what_cannot_be_handed_over_is_served_whole(extra):
+    async def scenario():
+        relaxed, strict = FakeUpstream(connector=True), FakeUpstream(connector=True)
+        async with upstreams(relaxed, strict):
+            async with gateway(config_for([relaxed], [strict], connector="nixl")) as client:
+                assert await client.text({**PROMPT, **extra})
+                assert client.totals.handovers == 0 and len(relaxed.log) + len(strict.log) == 1
+
+    run(scenario())
+
+
 def test_offline_requests_are_handed_over_where_a_strict_instance_pulls():
     async def scenario():
         relaxed, strict = FakeUpstream(connector=True), FakeUpstream(connector=True)
