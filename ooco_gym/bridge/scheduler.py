@@ -256,8 +256,9 @@ class Scheduler:
         finally:
             self.forwarder.leave(request)
             self._interactive.pop(request, None)
-            with suppress(ValueError):
-                self.backlog.remove(request)
+            if request.grant.cancelled() or not request.grant.done():  # else it is not in the backlog
+                with suppress(ValueError):
+                    self.backlog.remove(request)
             if how:
                 self.ledger.ended(request, how)
             self.wake()
@@ -340,6 +341,8 @@ class Scheduler:
         return False
 
     def _grant(self, request: Request, instance: Instance, decoder: Instance | None = None) -> None:
+        if request.grant.done():
+            return  # its task was cancelled and has not run since
         if not request.restarts:
             self.ledger.taken(request)
         if decoder is not None:

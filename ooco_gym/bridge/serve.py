@@ -14,8 +14,8 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -122,12 +122,14 @@ class Bridge:
     async def _probe_forever(self, instance: Instance) -> None:
         while True:
             await asyncio.sleep(self.config.scrape_interval_s)
-            await self._probe(instance)
+            with _survived("probe failed"):
+                await self._probe(instance)
 
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            self.scheduler.sweep()
+            with _survived("sweep failed"):
+                self.scheduler.sweep()
 
     def begin_shutdown(self) -> None:
         """Refuse new requests, give offline work up, and end the rest after timeouts.drain_s."""
@@ -138,6 +140,15 @@ class Bridge:
             self._runner_task.cancel()
         self.scheduler.begin_shutdown()
         asyncio.get_running_loop().call_later(self.config.timeouts.drain_s, self.scheduler.end_online)
+
+
+@contextmanager
+def _survived(event: str) -> Iterator[None]:
+    """A defect in one round of watching is logged, and the next round goes on."""
+    try:
+        yield
+    except Exception:
+        log.exception(event)
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -349,6 +349,25 @@ def test_job_that_was_preempted_can_still_be_cancelled():
     run(scenario())
 
 
+def test_many_waiting_jobs_cancelled_at_once_leave_nothing_behind():
+    async def scenario():
+        fake = FakeUpstream(decode_s=0.05, max_num_seqs=2)
+        async with upstreams(fake), gateway(config_for([fake])) as client:
+            scheduler, load = client.scheduler, client.scheduler.instances[0].load
+            payload = {**PROMPT, "max_tokens": 100}
+            jobs = [asyncio.create_task(scheduler.complete("/v1/completions", payload, f"j{i}")) for i in range(20)]
+            await client.until(lambda: load.offline == 2 and len(scheduler.backlog) == 18)
+            scheduler.instances[0].max_seqs = 10  # there is room just when they go
+            for job in jobs:
+                job.cancel()
+            scheduler._pump()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            assert not scheduler.backlog and not load.requests and client.totals.offline_cancelled == 20
+            assert await client.text(OFFLINE) == "".join(fake.words(PROMPT, 8))
+
+    run(scenario())
+
+
 def test_no_offline_rule_keeps_the_gate_shut():
     async def scenario():
         fake = FakeUpstream()
