@@ -134,7 +134,7 @@ def test_log_that_cannot_be_written_is_told_at_start(tmp_path):
             "decision_log": str(tmp_path / "file" / "log"),
         }
     )
-    with pytest.raises(OocoError, match="^decision_log .* cannot be written"):
+    with pytest.raises(OocoError, match=r"^decision_log .* cannot be written"):
         Bridge(config, Moody())
 
 
