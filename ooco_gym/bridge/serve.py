@@ -28,11 +28,13 @@ from ooco_gym.bridge.enforcement import not_enforced
 from ooco_gym.bridge.gateway import Gateway
 from ooco_gym.bridge.instances import Instance, make_session
 from ooco_gym.bridge.ledger import Ledger
+from ooco_gym.bridge.live_telemetry import read
 from ooco_gym.bridge.metrics import exporter
 from ooco_gym.bridge.placement import LOOKAHEAD
 from ooco_gym.bridge.prediction import Prediction
 from ooco_gym.bridge.scheduler import Scheduler
 from ooco_gym.bridge.status import page, status
+from ooco_gym.cluster.observation import observe
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import ConstantPolicy, Policy
 
@@ -53,6 +55,7 @@ class Bridge:
         self._store: Any = None
         self.control = Control(config, self.scheduler, policy, self.stored)
         self.notes = not_enforced(config, policy.rules)
+        observe(read(self.scheduler, self.scheduler.placement.knobs))  # compiled before the first decision is timed
         metrics = exporter(self.scheduler, self.control, self.stored)
         self.gateway = Gateway(config, self.scheduler, self.control, metrics, lambda: status(self), page())
         self._tasks: list[asyncio.Task[None]] = []

@@ -82,6 +82,24 @@ def test_preempted_prefill_is_restarted_and_answers_as_if_nothing_had_happened(s
     run(scenario())
 
 
+def test_preempted_requests_return_to_the_head_of_the_backlog_in_order():
+    async def scenario():
+        fake = FakeUpstream(prefill_s_per_token=0.01, max_num_seqs=2)
+        async with upstreams(fake), gateway(config_for([fake])) as client:
+            tasks = []
+            for name in ("a", "b", "c", "d"):
+                tasks.append(send(client, OFFLINE, prompt=name * 20))
+                await client.until(lambda: len(client.scheduler.backlog) + fake.running == len(tasks))
+            await client.until(lambda: len(fake.log) == 2)
+            tasks.append(send(client, PROMPT, prompt="online", stream=True))
+            await client.until(lambda: client.totals.preemptions == 2)
+            assert [request.payload["prompt"][0] for request in client.scheduler.backlog] == ["a", "b", "c", "d"]
+            await asyncio.gather(*tasks)
+            assert [entry["payload"]["prompt"][0] for entry in fake.log] == list("aboabcd")
+
+    run(scenario())
+
+
 def test_patient_slack_does_not_interrupt():
     async def scenario():
         fake = FakeUpstream(prefill_s_per_token=0.01)
