@@ -1,0 +1,427 @@
+"""The scheduler: serves online requests at once, offline ones from a backlog as the policy's knobs allow.
+
+``placement`` chooses, ``forwarding`` sends; here is what happens around them: retry elsewhere, preemption by abort and
+restart, the backlog.
+
+An offline answer is kept until it is complete, streams too. So an offline request can be aborted and restarted from its
+prompt at any time, and its client sees one answer, whole; what was thrown away is counted as wasted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ooco_gym.bridge.config import BridgeConfig
+from ooco_gym.bridge.exchange import Answer, Out, TooLongError
+from ooco_gym.bridge.forwarding import BACKOFF_S, Forwarder
+from ooco_gym.bridge.instances import Instance, InstanceError, RefusalError
+from ooco_gym.bridge.ledger import Ledger
+from ooco_gym.bridge.load import DECODE, PREFILL, Request
+from ooco_gym.bridge.placement import Placement
+from ooco_gym.bridge.prediction import Prediction
+
+log = logging.getLogger("ooco_gym.bridge")
+OFFLINE_TRIES = 5  # answers of 5xx before an offline request is given up; unreachable instances do not count
+
+
+class UnavailableError(Exception):
+    """No instance could serve a request; ``answer`` is the last one's own, where it had one."""
+
+    def __init__(self, reason: str, answer: Answer | None = None) -> None:
+        super().__init__(reason)
+        self.answer = answer
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Where an offline request may run: wholly on ``instance``, or handed over to ``decoder`` after its prefill."""
+
+    instance: Instance
+    decoder: Instance | None = None
+
+
+class Scheduler:
+    """Owns the instances' loads, the backlog and the knobs in force; see the module's docstring."""
+
+    def __init__(self, config: BridgeConfig, ledger: Ledger, prediction: Prediction) -> None:
+        scenario = config.scenario
+        self.config = config
+        self.ledger = ledger
+        self.prediction = prediction
+        self.forwarder = Forwarder(config, ledger, prediction, self.wake)
+        self.instances = [
+            Instance(row, entry, scenario.instance_kv_blocks[row], scenario.cluster.block_tokens,
+                     scenario.cluster.max_seqs, scenario.instance_saturation_batch[row])
+            for row, entry in enumerate(config.instances)
+        ]  # fmt: skip
+        self.placement = Placement(config, self.instances, prediction)
+        self.backlog: deque[Request] = deque()
+        ledger.on_first_token = self.wake  # it may open the gate
+        self.closing = False
+        self._interactive: dict[Request, None] = {}  # offline requests whose client waits
+        self._due = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def apply(self, knobs: Mapping[str, float], rules: Mapping[str, str] | None = None) -> None:
+        """Put knobs in force; they act from the next decision on."""
+        self.placement.knobs.update(knobs)
+        if rules is not None:
+            self.placement.rules.update(rules)
+        self.wake()
+
+    # Online requests
+
+    async def online(self, request: Request, out: Out | None) -> Answer | None:
+        """Serve an online request; what the client has not seen is tried elsewhere.
+
+        Returns None where the answer went to ``out``. Raises UnavailableError, or InstanceError after the first token.
+        """
+        request.task = asyncio.current_task()
+        self.ledger.arrived(request, self._mean_prefill_s(request))
+        how = "failed"
+        try:
+            answer = await self._online(request, out)
+            self.forwarder.finish(request, answer)
+            how = ""
+            return answer
+        except asyncio.CancelledError:
+            how = "failed" if request.interrupt == "shutdown" else "cancelled"
+            raise
+        except UnavailableError as error:
+            how = "refused" if error.answer is not None and error.answer.status < 500 else "failed"
+            raise
+        finally:
+            if how:
+                self.ledger.ended(request, how)
+
+    def _mean_prefill_s(self, request: Request) -> float:
+        return self.prediction.prefill_s(self.placement.prefilling[0].index, request.prompt_tokens)
+
+    async def _online(self, request: Request, out: Out | None) -> Answer | None:
+        tried: list[Instance] = []
+        last: Answer | None = None
+        reason = "no instance is up"
+        again = True  # a connection that broke without a word may be tried once more where there is nowhere else
+        while True:
+            instance, decoder = self._choose(request, tried)
+            if instance is None:
+                if not (again and last is None and tried):
+                    raise UnavailableError(reason, last)
+                again = False
+                tried.clear()
+                continue
+            try:
+                self._make_way(instance, request, PREFILL)
+                if decoder is not None:
+                    self._make_way(decoder, request, DECODE)
+                return await self.forwarder.serve(request, instance, decoder, out)
+            except (InstanceError, RefusalError) as error:
+                if out is not None and out.started:
+                    raise
+                if isinstance(error, RefusalError):
+                    last = Answer(error.status, error.content_type, error.body)
+                elif error.answer is not None:
+                    last = error.answer
+                reason = str(error)
+                tried.append(error.instance or instance)
+                self.ledger.totals.retries += 1
+                log.warning("tried elsewhere", extra={"request": request.id, "why": reason})
+
+    def _choose(self, request: Request, tried: list[Instance]) -> tuple[Instance | None, Instance | None]:
+        """(prefill instance, decode instance or None for the whole request)."""
+        placement = self.placement
+        if not placement.disaggregated or not request.single or request.max_tokens == 1:
+            return placement.route(request, tried, whole=True), None
+        decoder = placement.decoder(tried, online=True)
+        instance = placement.route(request, tried)
+        if instance is not None and decoder is not None:
+            return instance, decoder
+        # One pool is gone: the other one serves whole requests, where that is allowed.
+        return (placement.route(request, tried, whole=True) if self.config.handover_fallback else None), None
+
+    def _make_way(self, instance: Instance, request: Request, phase: int) -> None:
+        """Count the arrival where it goes, and abort the offline requests in its way there."""
+        if self.config.dry_run or not instance.load.offline:
+            return
+        entered = request.load is None
+        if entered:
+            self.forwarder.enter(instance, request, phase)
+            victims = self.placement.in_the_way(instance, request, self.ledger.now_s())
+            instance.load.leave(request)
+            if request.blind and phase == DECODE:
+                instance.first_streamed -= 1
+        else:
+            victims = []
+        for victim in victims:
+            self._preempt(victim, instance)
+
+    def _preempt(self, request: Request, instance: Instance) -> None:
+        """Abort an offline request and put it back at the head of the backlog."""
+        if request.interrupt is not None:
+            return  # it is leaving already
+        prompt, output = self._done(request, instance)
+        self.forwarder.interrupt(request, "preempted")
+        self.forwarder.leave(request)
+        self.ledger.restarted(request, prompt, output)
+        self.ledger.totals.preemptions += 1
+        self._queue(request, head=True)
+
+    def _done(self, request: Request, instance: Instance) -> tuple[int, int]:
+        """(prompt, output) tokens that an abort throws away; estimated by the prediction where nothing was seen."""
+        elapsed_s = self.ledger.now_s() - request.dispatched_s
+        if request.phase != DECODE:
+            return int(request.prompt_tokens * min(elapsed_s / max(request.predicted_prefill_s, 1e-9), 1.0)), 0
+        if not request.blind:
+            return request.prompt_tokens, request.output_tokens
+        load = instance.load
+        step_s = self.prediction.decode_s(instance.index, load.online_decodes + load.offline_decodes, load.tokens)
+        output = int(max(elapsed_s - request.predicted_prefill_s, 0.0) / max(step_s, 1e-9))
+        return request.prompt_tokens, min(output, request.max_tokens or output)
+
+    # Offline requests
+
+    async def complete(self, path: str, body: Mapping[str, Any], request_id: str) -> tuple[int, dict[str, Any]]:
+        """Run one offline request of a job to its end: HTTP status and JSON body of its answer."""
+        payload = {key: value for key, value in body.items() if key not in ("stream", "stream_options")}
+        raw = json.dumps(payload, separators=(",", ":")).encode()
+        request = Request(
+            request_id, path, raw, False, False, self.forwarder.lengths.estimate(path, payload), most_tokens(payload)
+        )
+        request.payload, request.single = payload, is_single(payload)
+        answer = await self.offline(request, job=True)
+        try:
+            content = json.loads(answer.body)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            text = answer.body[:200].decode("utf-8", "replace")
+            content = {"error": {"message": f"the answer is not a JSON object: {text}", "type": "server_error",
+                                 "param": None, "code": answer.status}}  # fmt: skip
+            return (answer.status if answer.status != 200 else 502), content
+        return answer.status, content
+
+    async def offline(self, request: Request, job: bool = False) -> Answer:
+        """Serve an offline request through the backlog, restarted as often as it takes; its whole answer.
+
+        Raises UnavailableError at shutdown, CancelledError when its client or the runner gives it up.
+        """
+        request.task = asyncio.current_task()
+        self.ledger.arrived(request, self._mean_prefill_s(request))
+        if not job:
+            self._interactive[request] = None
+        self._queue(request, head=False)
+        failures = 0
+        how = "cancelled"
+        try:
+            while True:
+                if self.closing and not job:
+                    raise UnavailableError("the gateway is shutting down")
+                try:
+                    grant: Grant = await request.grant
+                    answer = await self.forwarder.serve(request, grant.instance, grant.decoder, None)
+                    assert answer is not None
+                    self.forwarder.finish(request, answer)
+                    how = ""
+                    return answer
+                except asyncio.CancelledError:
+                    if request.interrupt == "shutdown":
+                        self.forwarder.met(request)
+                        raise UnavailableError("the gateway is shutting down") from None
+                    if request.interrupt != "preempted":
+                        raise
+                    self.forwarder.met(request)
+                except TooLongError:
+                    how = "failed"
+                    limit = self.config.limits.max_response_bytes
+                    return _error_answer(502, f"the answer exceeds limits.max_response_bytes ({limit})")
+                except (InstanceError, RefusalError) as error:
+                    own: Answer | None = error.answer if isinstance(error, InstanceError) else None
+                    failures += own is not None
+                    if failures >= OFFLINE_TRIES and own is not None:
+                        how = "failed"
+                        return own
+                    log.warning("offline request requeued", extra={"request": request.id, "why": str(error)})
+                    self.ledger.totals.retries += 1
+                    lost_prompt = request.prompt_tokens if request.output_tokens else 0
+                    self.ledger.restarted(request, lost_prompt, request.output_tokens)
+                    await asyncio.sleep(0 if isinstance(error, RefusalError) else BACKOFF_S)
+                    self._queue(request, head=True)
+        finally:
+            self.forwarder.leave(request)
+            self._interactive.pop(request, None)
+            if request.grant.cancelled() or not request.grant.done():  # else it is not in the backlog
+                with suppress(ValueError):
+                    self.backlog.remove(request)
+            if how:
+                self.ledger.ended(request, how)
+            self.wake()
+
+    def _queue(self, request: Request, head: bool) -> None:
+        request.grant = asyncio.get_running_loop().create_future()
+        if head:
+            self.backlog.appendleft(request)
+        else:
+            self.backlog.append(request)
+        self.wake()
+
+    def wake(self) -> None:
+        """Look at the backlog once the running callback is over."""
+        if self.backlog and not self._due and not self.closing:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Send offline requests wherever the gate and the pull allow, from the head of the backlog."""
+        self._due = False
+        now_s = self.ledger.now_s()
+        while self.backlog and not self.closing:
+            if not (self._through_gate(now_s) or self._pull(now_s)):
+                break
+        if self.backlog and self._timer is None:  # pulls are a time apart, refusals wear off
+            wait_s = min(self.placement.pull_interval_s, BACKOFF_S)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._later)
+
+    def _later(self) -> None:
+        self._timer = None
+        self.wake()
+
+    def _through_gate(self, now_s: float) -> bool:
+        head = self.backlog[0]
+        if self.config.dry_run:
+            instance = self.placement.route(head, ())
+            if instance is None or len(instance.load.requests) >= instance.max_seqs:
+                return False
+            self._grant(self.backlog.popleft(), instance)
+            return True
+        instance = self.placement.gate(head, now_s)
+        if instance is None:
+            return False
+        self._grant(self.backlog.popleft(), instance, self._handover_target(head, now_s))
+        return True
+
+    def _handover_target(self, request: Request, now_s: float) -> Instance | None:
+        """With a connector: the strict instance that pulls this request when its prefill ends."""
+        placement = self.placement
+        if self.config.connector == "none" or not request.single or request.max_tokens == 1:
+            return None
+        if placement.rules["offline_decode"] == "strict":
+            return placement.decoder((), online=False)
+        if self.config.pull_mode != "handover":
+            return None
+        asking = [
+            strict for strict in placement.strict if placement.pulls(strict, now_s) and placement.fits(strict, request)
+        ]
+        return self._pulled(min(asking, key=lambda strict: (strict.kv_usage(), strict.index), default=None), now_s)
+
+    def _pulled(self, strict: Instance | None, now_s: float) -> Instance | None:
+        if strict is not None:
+            strict.next_pull_s = now_s + self.placement.pull_interval_s
+            self.ledger.totals.pulls += 1
+        return strict
+
+    def _pull(self, now_s: float) -> bool:
+        """Without a connector: a strict instance computes the prompt of a waiting request itself."""
+        if self.config.pull_mode != "recompute" or self.config.dry_run:
+            return False
+        for strict in self.placement.strict if self.placement.relaxed else ():
+            if self.placement.pulls(strict, now_s):
+                request = self.placement.preferred(strict, self.backlog)
+                if request is not None:
+                    self.backlog.remove(request)
+                    self._grant(request, strict)
+                    self._pulled(strict, now_s)
+                    return True
+        return False
+
+    def _grant(self, request: Request, instance: Instance, decoder: Instance | None = None) -> None:
+        if request.grant.done():
+            return  # its task was cancelled and has not run since
+        if not request.restarts:
+            self.ledger.taken(request)
+        if decoder is not None:
+            decoder.reserved += 1
+            decoder.reserved_tokens += request.prompt_tokens
+            request.reserved = decoder
+        self.forwarder.enter(instance, request, PREFILL)
+        request.grant.set_result(Grant(instance, decoder))
+
+    # Watching
+
+    def after_scrape(self, instance: Instance) -> None:
+        """An online request that the engine keeps waiting for room shows that an estimate was wrong: make room now."""
+        scrape, load = instance.scrape, instance.load
+        if scrape is None or scrape.first_tokens is None:
+            self._assume_prefilled(instance)
+        if scrape is None or self.config.dry_run or self.placement.rules["preemption"] == "iteration":
+            return
+        stuck = [other for other in load.requests if other.online and other.phase != DECODE
+                 and other.dispatched_s < self.ledger.now_s() - self.config.scrape_interval_s]  # fmt: skip
+        if scrape.waiting > 0 and stuck and load.offline:
+            newest_first = [other for other in reversed(load.requests) if not other.online]
+            for victim in newest_first[: len(stuck)]:
+                self._preempt(victim, instance)
+        self.wake()
+
+    def _assume_prefilled(self, instance: Instance) -> None:
+        """Without the engine's count of first tokens the prediction says which unstreamed requests decode."""
+        now_s = self.ledger.now_s()
+        for request in list(instance.load.requests):
+            late = now_s - request.dispatched_s > request.predicted_prefill_s
+            if late and request.blind and request.phase != DECODE:
+                instance.load.prefilled(request)
+
+    def sweep(self) -> None:
+        """Give up on instances that went silent and on clients that do not read."""
+        now_s, timeouts = self.ledger.now_s(), self.config.timeouts
+        for instance in self.instances:
+            for request in list(instance.load.requests):
+                silent_s = now_s - request.progress_s
+                dead = not instance.up and silent_s > 2.0 * timeouts.probe_s
+                idle = request.phase == DECODE and not request.blind and silent_s > timeouts.idle_s
+                if request.blocked_s > 0.0:
+                    if now_s - request.blocked_s > timeouts.client_s:
+                        self.forwarder.interrupt(request, "gone")
+                elif dead or idle:
+                    self.forwarder.interrupt(request, "stalled")
+
+    def begin_shutdown(self) -> None:
+        """No more offline work: interactive requests are aborted. Jobs end with their runner, which owns them."""
+        self.closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for request in list(self._interactive):
+            self.forwarder.interrupt(request, "shutdown")
+
+    def end_online(self) -> None:
+        """The time to drain is over: what still runs gets an error."""
+        for request in list(self.ledger.live):
+            self.forwarder.interrupt(request, "shutdown")
+
+
+def most_tokens(payload: Mapping[str, Any]) -> int | None:
+    """The most output tokens that a body asks for, if it says so."""
+    value = payload.get("max_completion_tokens", payload.get("max_tokens"))
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def is_single(payload: Mapping[str, Any]) -> bool:
+    """One prompt and one answer that may be cut after its first token, as a hand-over of KV needs it.
+
+    An engine that has to call a tool refuses to be cut: the one token is no complete call.
+    """
+    prompt = payload.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    forced = payload.get("tool_choice") not in (None, "auto", "none")
+    return not (several or forced) and payload.get("n", 1) in (1, None) and payload.get("best_of", 1) in (1, None)
+
+
+def _error_answer(status: int, message: str) -> Answer:
+    error = {"message": message, "type": "server_error", "param": None, "code": status}
+    return Answer(status, "application/json", json.dumps({"error": error}).encode())

@@ -1,0 +1,139 @@
+"""cluster.yaml: what is accepted, and that every mistake is one sentence that names its key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("starlette", reason="the bridge extra is not installed")
+from ooco_gym.bridge.__main__ import main
+from ooco_gym.bridge.config import load_config, parse_config
+from ooco_gym.bridge.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS, not_enforced
+from ooco_gym.cluster.control import KNOB_NAMES, check_rules
+from ooco_gym.errors import OocoError
+
+ONE = {"url": "http://127.0.0.1:8001", "role": "relaxed"}
+TWO = {"url": "http://127.0.0.1:8002", "role": "strict"}
+GOOD = {"instances": [TWO, ONE]}
+
+
+def test_defaults_and_order_of_instances():
+    config = parse_config(GOOD, {})
+    assert [entry.role for entry in config.instances] == ["relaxed", "strict"]  # rows of the scenario's costs
+    assert (config.listen.host, config.connector, config.dry_run) == ("127.0.0.1", "none", False)
+    assert (config.scenario.cluster.relaxed, config.scenario.cluster.strict) == (1, 1)
+    assert config.pull_mode == "recompute"
+    assert parse_config({**GOOD, "connector": "nixl"}, {}).pull_mode == "handover"
+    assert config.api_key is None
+    alone = parse_config({"instances": [ONE]}, {})
+    assert alone.scenario.cluster.unified == 1
+
+
+def test_counts_and_keys_are_taken_over():
+    entries = [{**ONE, "kv_blocks": 100, "max_num_seqs": 8}, {**TWO, "url": "http://h:1/v1/", "kv_blocks": 200}]
+    values = {"instances": entries, "scenario": {"hardware": "h100", "cluster": {"tensor_parallel": 2}},
+              "api_key_env": "KEY", "limits": {"max_queue": 5}, "timeouts": {"drain_s": 1}}  # fmt: skip
+    config = parse_config(values, {"KEY": " secret "})
+    assert config.scenario.instance_kv_blocks == (100, 200) and config.scenario.cluster.tensor_parallel == 2
+    assert config.instances[1].url == "http://h:1" and config.instances[0].max_num_seqs == 8
+    assert (config.api_key, config.limits.max_queue, config.timeouts.drain_s) == ("secret", 5, 1.0)
+    assert "secret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"instances": None}, "instances must be a list"),
+        ({"instances": []}, "instances must be a list"),
+        ({"instances": [3]}, "instances[0] is 3"),
+        ({"instances": [{**ONE, "url": "ftp://x"}]}, "instances[0].url is 'ftp://x'"),
+        ({"instances": [{**ONE, "url": "http://x:99999"}]}, "instances[0].url"),
+        ({"instances": [{**ONE, "url": "http://u:p@x"}]}, "instances[0].url holds a user"),
+        ({"instances": [ONE, ONE]}, "instances[1].url is http://127.0.0.1:8001, which instances[0] has already"),
+        ({"instances": [{**ONE, "role": "fast"}]}, "instances[0].role is 'fast'"),
+        ({"instances": [{**ONE, "kv_blocks": 0}]}, "instances[0].kv_blocks is 0"),
+        ({"instances": [{**ONE, "max_num_seqs": True}]}, "instances[0].max_num_seqs is True"),
+        ({"instances": [{**ONE, "weight": 1}]}, "instances[0].weight is an unknown key"),
+        ({"instances": [ONE], "connector": "nixl"}, "connector is 'nixl', which needs"),
+        ({"connector": "lmcache"}, "connector is 'lmcache', accepted are none, example, nixl"),
+        ({"pull": "handover"}, "pull is 'handover'"),
+        ({"scenario": {"hardware": "abacus"}}, "scenario: unknown hardware 'abacus'"),
+        ({"scenario": {"cluster": {"relaxed": 3}}}, "scenario.cluster.relaxed is not accepted"),
+        ({"scenario": {"cluster": "2x2"}}, "scenario.cluster is '2x2'"),
+        ({"scenario": {"episode_s": 3}}, "scenario.episode_s is an unknown key"),
+        ({"listen": {"port": 70000}}, "listen.port is 70000"),
+        ({"listen": {"host": ""}}, "listen.host is ''"),
+        ({"listen": {"tls": 1}}, "listen.tls is an unknown key"),
+        ({"limits": {"max_body_bytes": 1.5}}, "limits.max_body_bytes is 1.5"),
+        ({"timeouts": {"drain_s": 0}}, "timeouts.drain_s is 0"),
+        ({"control_interval_s": float("nan")}, "control_interval_s is nan"),
+        ({"dry_run": "yes"}, "dry_run is 'yes'"),
+        ({"decision_log": 3}, "decision_log is 3"),
+        ({"api_key_env": "NOT_SET"}, "api_key_env names the environment variable NOT_SET, which is not set"),
+        ({"api_key_env": "a b"}, "api_key_env is 'a b'"),
+        ({"api_key": "x"}, "api_key is an unknown key"),
+    ],
+)
+def test_mistakes_are_one_sentence_with_the_key(change, says):
+    with pytest.raises(OocoError) as caught:
+        parse_config({**GOOD, **change}, {})
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_file_and_overrides(tmp_path, monkeypatch):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("instances: [{url: 'http://127.0.0.1:1', role: relaxed}]\nlisten: {port: 1}\n")
+    config = load_config(path, {"listen": {"port": 0}, "dry_run": True})
+    assert config.listen.port == 0 and config.dry_run
+    for text in ("instances: [", "3", "instances: {a: 1}"):
+        path.write_text(text)
+        with pytest.raises(OocoError, match=r"^config .*cluster\.yaml: ") as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(OocoError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_every_knob_is_said_to_be_enforced_or_not():
+    assert set(ENFORCED_KNOBS) | set(UNENFORCED_KNOBS) == set(KNOB_NAMES)
+    assert not set(ENFORCED_KNOBS) & set(UNENFORCED_KNOBS)
+    notes = not_enforced(parse_config(GOOD, {}), check_rules({}))
+    for knob in UNENFORCED_KNOBS:
+        assert any(note.startswith(f"knob {knob} is not enforced") for note in notes)
+    dry = not_enforced(parse_config({**GOOD, "dry_run": True}, {}), check_rules({}))
+    assert sum(note.startswith("knob ") for note in dry) == len(KNOB_NAMES)
+    off = not_enforced(parse_config({**GOOD, "pull": "off"}, {}), check_rules({"mix_selection": "all"}))
+    assert any("pull_kv is not enforced: pull is off" in note for note in off)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sing"], "unknown command 'sing'"),
+        (["serve"], "serve needs config=FILE"),
+        (["serve", "config"], "argument 'config' is not understood"),
+        (["serve", "config=/none.yaml"], "config /none.yaml: no such file"),
+        (["serve", "config=[1"], "arguments: not understood"),
+    ],
+)
+def test_command_line_mistakes_are_one_sentence(arguments, says, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {says}") and error.count("\n") == 1
+
+
+def test_serving_needs_no_torch_agents_or_baselines():
+    code = (
+        "import sys, ooco_gym.bridge.serve; "
+        "print([name for name in ('torch', 'agents', 'baselines', 'wandb') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_teaches(capsys):
+    assert main(["--help"]) == 0 and main(["serve", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "export" in out and "explain" in out and "config=cluster.yaml" in out and "role: relaxed" in out
