@@ -144,7 +144,7 @@ class Store:
         metadata: Mapping[str, str] | None = None,
         output_lifetime_s: int | None = None,
     ) -> dict[str, Any]:
-        """A batch in state validating; raises UnknownError or OocoError for an input file that is not there or not one."""
+        """A batch in state validating; raises UnknownError or OocoError for a file that is not there or not for it."""
 
         def create(connection: sqlite3.Connection) -> dict[str, Any]:
             if _file(connection, input_file_id)["purpose"] != "batch":

@@ -27,6 +27,7 @@ class _Form:
     def __init__(self) -> None:
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
+        self.is_whole = False
         self.content = bytearray()
         self._name = ""
         self._is_file = False
@@ -35,16 +36,9 @@ class _Form:
         self._small = 0
 
     def callbacks(self) -> dict[str, Any]:
-        names = (
-            "part_begin",
-            "part_data",
-            "part_end",
-            "header_field",
-            "header_value",
-            "header_end",
-            "headers_finished",
-        )
-        return {f"on_{name}": getattr(self, f"_{name}") for name in names}
+        parts = ("part_begin", "part_data", "part_end", "end")
+        headers = ("header_field", "header_value", "header_end", "headers_finished")
+        return {f"on_{name}": getattr(self, f"_{name}") for name in parts + headers}
 
     def _part_begin(self) -> None:
         self._name, self._is_file = "", False
@@ -80,6 +74,9 @@ class _Form:
         if not self._is_file:
             self.fields[self._name] = self._value.decode("utf-8", "replace")
 
+    def _end(self) -> None:
+        self.is_whole = True
+
     def _counted(self, data: bytes) -> bytes:
         self._small += len(data)
         if self._small > MOST_FIELD_BYTES:
@@ -113,7 +110,8 @@ async def receive(request: Request, store: Store, max_bytes: int) -> tuple[int, 
                 await store.add_part(number, part, bytes(form.content[:PART_BYTES]))
                 del form.content[:PART_BYTES]
                 part, size = part + 1, size + PART_BYTES
-        parser.finalize()
+        if not form.is_whole:  # the parser does not mind a form that breaks off
+            raise OocoError("the upload is not well-formed multipart/form-data: its last boundary is missing")
         if form.filename is None:
             raise OocoError("the form has no part 'file' with a file name")
         if form.content:
