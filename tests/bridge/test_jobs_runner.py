@@ -193,6 +193,20 @@ def test_a_stopped_runner_can_be_followed_by_another_on_the_same_store(tmp_path:
     asyncio.run(work())
 
 
+def test_a_runner_stops_also_when_it_is_woken_at_the_same_moment(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = Store(tmp_path / "jobs.sqlite", Clock())
+        runner = Runner(store, Scripted(), tick_s=10.0)
+        task = asyncio.create_task(runner.run())
+        await asyncio.sleep(0.1)
+        runner.wake()
+        task.cancel()
+        assert (await asyncio.wait({task}, timeout=1.0))[0] == {task}
+        store.close()
+
+    asyncio.run(work())
+
+
 def test_a_result_outlives_a_disk_that_fails_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dispatcher, failures = Scripted(), []
 

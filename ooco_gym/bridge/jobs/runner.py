@@ -108,8 +108,9 @@ class Runner:
                 except sqlite3.Error:
                     logger.exception("the job store failed; trying again in %g s", self._tick_s)
                     await asyncio.sleep(self._tick_s)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), self._tick_s)
+                with contextlib.suppress(TimeoutError):  # not wait_for: Python 3.11's can swallow a cancellation
+                    async with asyncio.timeout(self._tick_s):
+                        await self._changed.wait()
         finally:
             tasks = list(self._running)
             if self._validation:
