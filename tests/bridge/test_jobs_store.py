@@ -199,6 +199,26 @@ def test_a_batch_does_not_lose_its_file_while_it_is_read(tmp_path: Path) -> None
     asyncio.run(work())
 
 
+def test_looking_for_work_does_not_read_what_is_done(tmp_path: Path) -> None:
+    """A look at 50,000 requests per result would make a large batch slow."""
+    store, statements = Store(tmp_path / "jobs.sqlite"), []
+    connection = store._database._writer
+    connection.set_trace_callback(statements.append)
+    asyncio.run(store.work(4))
+    connection.set_trace_callback(None)
+    plans = [
+        "; ".join(step["detail"] for step in connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
+        for statement in statements
+        if statement.startswith("SELECT")
+    ]
+    assert len(plans) == 5
+    assert [index for plan in plans for index in ("requests_pending", "requests_running") if index in plan] == [
+        *("requests_pending", "requests_running")
+    ]
+    assert "autoindex_requests" not in " ".join(plans)
+    store.close()
+
+
 class Model:
     """What the store must hold: batches by id with their requests, what was answered, and how they end."""
 
