@@ -61,7 +61,7 @@ from ooco_gym.workload.lengths import Component
 from tests.reference.cases import Case, cases
 
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-SETTINGS["max_examples"] = 200 if os.environ.get("CI") else 80  # the inner loop stays under two minutes
+SETTINGS["max_examples"] = 200 if os.environ.get("CI") else 40  # the inner loop stays under two minutes
 RULE_NAMES = tuple(RULES)
 
 
