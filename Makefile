@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev,bridge,export]'
 	touch $@
 
 clean:

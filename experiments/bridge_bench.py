@@ -1,7 +1,7 @@
-"""What the bridge costs and what it is worth, measured: ``python experiments/bridge_bench.py [parts=[overhead]] [out=FOLDER]``.
+"""What the bridge costs and what it is worth, measured: ``python experiments/bridge_bench.py [parts=[overhead]]``.
 
 Each part is a function that takes the settings, prints its table and returns what goes into results.json. ``overhead``
-compares the gateway with a direct call against a fake vLLM, each in a process of its own, the load generator in a third.
+compares the gateway with a direct call against a fake vLLM: three processes, the load generator in the third.
 Further parts live in files of their own beside this one and are entered in PARTS.
 """
 
@@ -186,13 +186,13 @@ def gateway_over(urls: list[str], roles: list[str], **more: Any) -> Iterator[str
 
 
 def serve_fake_upstream() -> None:
-    """A minimal vLLM on a free port: paced streams, /health, /metrics. As lean as can be: it must not be what is measured."""
+    """A minimal vLLM on a free port: paced streams, /health, /metrics; lean, so that it is not what is measured."""
     import uvicorn
 
     metrics = "".join(f'vllm:{name}{{engine="0"}} 0.0\n' for name in
                       ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")).encode()  # fmt: skip
-    event = b'data: {"id":"cmpl-fake","object":"text_completion","choices":[{"index":0,"text":" word","logprobs":null,' \
-            b'"finish_reason":null}]}\n\n'  # fmt: skip
+    event = b'data: {"id":"cmpl-fake","object":"text_completion","choices":[{"index":0,"text":" word",' \
+            b'"logprobs":null,"finish_reason":null}]}\n\n'  # fmt: skip
 
     async def body_of(receive: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         body = b""
@@ -211,8 +211,12 @@ def serve_fake_upstream() -> None:
         start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
         if not stream:
             tokens = int(payload.get("max_tokens", 1))
-            answer = {"id": "x", "choices": [{"index": 0, "text": " word" * tokens, "finish_reason": "length"}],
-                      "usage": {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": tokens + 100}}  # fmt: skip
+            usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": tokens + 100}
+            answer = {
+                "id": "x",
+                "usage": usage,
+                "choices": [{"index": 0, "text": " word" * tokens, "finish_reason": "length"}],
+            }
             body = metrics if scope["path"] == "/metrics" else json.dumps(answer).encode()
             start["headers"].append((b"content-length", str(len(body)).encode()))  # type: ignore[attr-defined]
             await send(start)
@@ -232,7 +236,9 @@ def serve_fake_upstream() -> None:
             port = self.servers[0].sockets[0].getsockname()[1]
             print(f"listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
 
-    Announcing(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", access_log=False)).run()
+    Announcing(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", access_log=False)
+    ).run()
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ooco_gym.errors import OocoError
 HELP = """\
 python -m ooco_gym.bridge COMMAND ...          a policy from simulation in front of live vLLM servers
 
-  export RUN_DIR out=policy/                   a trained run or a saved policy as ONNX and a manifest: no torch needed to run
+  export RUN_DIR out=policy/                   a trained run or a saved policy as ONNX and a manifest, without torch
   explain policy/ telemetry.json               what a policy sees in one telemetry record and what it decides, in words
   serve config=cluster.yaml policy=policy/     an OpenAI-compatible gateway over relaxed and strict vLLM instances
 
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"error: {error.name} is not installed: pip install 'ooco-gym[bridge,export]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say, not at exit either
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """cluster.yaml: which vLLM instances there are, what they run on, and within which limits the gateway works.
 
-Everything is checked here, at the edge, and becomes frozen dataclasses; every error is one sentence that begins with the
-path of the key. Secrets never stand in the file: it names the environment variables that hold them.
+Everything is checked here, at the edge, and becomes frozen dataclasses; every error is one sentence that begins with
+the path of the key. Secrets never stand in the file: it names the environment variables that hold them.
 """
 
 from __future__ import annotations
@@ -172,8 +172,12 @@ def parse_config(values: Any, environment: Mapping[str, str] | None = None) -> B
 
 def _instances(value: Any) -> tuple[InstanceConfig, ...]:
     if not isinstance(value, list) or not value:
-        raise OocoError("instances must be a list with at least one entry such as {url: http://127.0.0.1:8001, role: relaxed}")
-    entries = [_instance(_mapping(entry, f"instances[{index}]"), f"instances[{index}]") for index, entry in enumerate(value)]
+        raise OocoError(
+            "instances must be a list with at least one entry such as {url: http://127.0.0.1:8001, role: relaxed}"
+        )
+    entries = [
+        _instance(_mapping(entry, f"instances[{index}]"), f"instances[{index}]") for index, entry in enumerate(value)
+    ]
     seen: dict[str, int] = {}
     for index, entry in enumerate(entries):
         if entry.url in seen:
@@ -188,13 +192,20 @@ def _instance(values: Mapping[str, Any], where: str) -> InstanceConfig:
     try:
         parts = urlsplit(url) if isinstance(url, str) else None
         usable = parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname)
-        usable = usable and parts is not None and (parts.port is None or parts.port > 0) and not (parts.query or parts.fragment)
+        usable = (
+            usable
+            and parts is not None
+            and (parts.port is None or parts.port > 0)
+            and not (parts.query or parts.fragment)
+        )
     except ValueError:
         usable = False
     if not usable:
         raise OocoError(f"{where}.url is {url!r}, a URL such as http://127.0.0.1:8001 is needed")
     if parts is not None and (parts.username or parts.password):
-        raise OocoError(f"{where}.url holds a user or password, keys belong into the variable that upstream_key_env names")
+        raise OocoError(
+            f"{where}.url holds a user or password, keys belong into the variable that upstream_key_env names"
+        )
     role = values.get("role")
     if role not in ROLES:
         raise OocoError(f"{where}.role is {role!r}, accepted are {' and '.join(ROLES)}")

@@ -1,7 +1,7 @@
-"""The control loop: every interval Telemetry, the policy's decision under a time limit, knobs in force, one line of log.
+"""The control loop: every interval Telemetry, the policy's decision under a time limit, knobs in force, a line of log.
 
-The policy runs in a thread of its own. Where it errs, takes too long or answers with knobs that are not finite or out of
-range, ooco decides that interval; the policy is asked again at the next one, so the gateway comes back by itself. A
+The policy runs in a thread of its own. Where it errs, takes too long or answers with knobs that are not finite or out
+of range, ooco decides that interval; the policy is asked again at the next one, so the gateway comes back by itself. A
 policy that still computes is not asked a second time before it has answered.
 """
 

@@ -63,5 +63,7 @@ def not_enforced(config: BridgeConfig, rules: Mapping[str, str]) -> list[str]:
         elif rule == "preemption" and choice != "iteration":
             notes.append(f"rule preemption={choice} is coarser here: {_RULE_NOTES['preemption']}")
         elif rule == "offline_decode" and choice == "strict" and config.connector == "none":
-            notes.append("rule offline_decode=strict is not enforced: without a connector decodes stay where they began")
+            notes.append(
+                "rule offline_decode=strict is not enforced: without a connector decodes stay where they began"
+            )
     return notes

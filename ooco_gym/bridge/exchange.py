@@ -1,7 +1,7 @@
 """One attempt to have one instance answer one request: bytes there, bytes back, tokens counted on the way.
 
-A stream is relayed as it comes. Events are counted by their blank lines, which JSON cannot contain, so no event is parsed
-but the first (an engine that refuses a stream says so in one, under HTTP 200) and one that carries ``usage``.
+A stream is relayed as it comes. Events are counted by their blank lines, which JSON cannot contain, so no event is
+parsed but the first (an engine that refuses a stream says so in one, under HTTP 200) and one that carries ``usage``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ooco_gym.bridge.instances import Instance, InstanceFailure, Refusal
-from ooco_gym.bridge.ledger import Ledger, Request
+from ooco_gym.bridge.instances import Instance, InstanceError, RefusalError
+from ooco_gym.bridge.ledger import Ledger
+from ooco_gym.bridge.load import Request
 
 EVENT_END = b"\n\n"
 DONE = b"data: [DONE]"
@@ -45,7 +46,7 @@ class Out(Protocol):
     async def write(self, chunk: bytes) -> None: ...
 
 
-class TooLong(Exception):
+class TooLongError(Exception):
     """An answer that has to be kept exceeds limits.max_response_bytes."""
 
 
@@ -61,8 +62,8 @@ async def exchange(
 ) -> Answer | None:
     """Send ``body``; a stream goes to ``out`` and None is returned, anything else is returned whole.
 
-    Raises InstanceFailure where the instance broke down and Refusal where it declined; ``out.started`` tells whether the
-    client has seen anything of it. A stream without ``out`` is kept and returned.
+    Raises InstanceError where the instance broke down and RefusalError where it declined; ``out.started`` tells whether
+    the client has seen anything of it. A stream without ``out`` is kept and returned.
     """
     try:
         async with session.post(instance.urls[request.path], data=body, headers=headers) as response:
@@ -71,17 +72,17 @@ async def exchange(
                 kept = await _relay(response, instance, request, ledger, out, most_bytes)
                 return None if kept is None else Answer(status, content_type, kept)
             answer = Answer(status, content_type, await _whole(response, most_bytes))
-    except Refusal as refusal:
+    except RefusalError as refusal:
         if refusal.status in REFUSED or refusal.status >= 500:
             raise
         return Answer(refusal.status, refusal.content_type, refusal.body)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         lost = isinstance(error, aiohttp.ClientConnectorError)
-        raise InstanceFailure(f"{instance.name}: {str(error) or type(error).__name__}", lost) from error
+        raise InstanceError(f"{instance.name}: {str(error) or type(error).__name__}", lost) from error
     if status in REFUSED:
-        raise Refusal(status, answer.body, content_type)
+        raise RefusalError(status, answer.body, content_type)
     if status >= 500:
-        raise InstanceFailure(f"{instance.name}: HTTP {status}", False, answer)
+        raise InstanceError(f"{instance.name}: HTTP {status}", False, answer)
     return answer
 
 
@@ -91,7 +92,7 @@ async def _whole(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
     while chunk := await response.content.readany():
         size += len(chunk)
         if size > most_bytes:
-            raise TooLong
+            raise TooLongError
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -113,10 +114,10 @@ async def _relay(
         if not more:
             break
         chunk += more
-    if EVENT_END not in chunk:
-        raise InstanceFailure(f"{instance.name}: the stream ended before its first event")
     if SSE_ERROR in chunk:
         raise _refusal(chunk)
+    if chunk.count(EVENT_END) <= opening and DONE not in chunk:
+        raise InstanceError(f"{instance.name}: the stream ended before its first token")
     instance.first_streamed += 1
     kept: list[bytes] | None = None if out is not None else []
     if out is not None:
@@ -145,15 +146,15 @@ async def _relay(
         elif kept is not None:
             size += len(chunk)
             if size > most_bytes:
-                raise TooLong
+                raise TooLongError
             kept.append(chunk)
         chunk = await content.readany()
     if broken:
         if out is not None:
             out.told = True
-        raise InstanceFailure(f"{instance.name}: an error event in the stream")
+        raise InstanceError(f"{instance.name}: an error event in the stream")
     if not done:
-        raise InstanceFailure(f"{instance.name}: the stream ended without [DONE]")
+        raise InstanceError(f"{instance.name}: the stream ended without [DONE]")
     return None if kept is None else b"".join(kept)
 
 
@@ -172,7 +173,7 @@ def usage(body: bytes) -> tuple[int, int] | None:
     return (int(prompt[1]), int(output[1]) if output else 0) if prompt else None
 
 
-def _refusal(chunk: bytes) -> Refusal:
+def _refusal(chunk: bytes) -> RefusalError:
     """The error event of a stream that never began, as an answer of its own."""
     at = chunk.index(SSE_ERROR) + len(b"data: ")
     text = chunk[at:].split(b"\n", 1)[0]
@@ -181,4 +182,4 @@ def _refusal(chunk: bytes) -> Refusal:
         code = error.get("code") if isinstance(error, Mapping) else None
     except (ValueError, KeyError, TypeError):
         code = None
-    return Refusal(code if isinstance(code, int) and 400 <= code <= 599 else 503, text)
+    return RefusalError(code if isinstance(code, int) and 400 <= code <= 599 else 503, text)

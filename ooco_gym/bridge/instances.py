@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from ooco_gym.bridge.config import InstanceConfig, Timeouts
-from ooco_gym.bridge.ledger import DECODE, Load, Request
+from ooco_gym.bridge.load import DECODE, Load, Request
 from ooco_gym.errors import OocoError
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -24,7 +24,7 @@ FAILURES_TO_DOWN = 2  # health checks in a row
 KEEPALIVE_S = 3.0  # below the 5 s after which vLLM closes an idle connection
 
 
-class InstanceFailure(Exception):
+class InstanceError(Exception):
     """An instance did not answer, or broke off, or said 5xx: the request may be tried elsewhere.
 
     ``lost``: nothing listens there. ``answer``: its own words, where it had any.
@@ -36,7 +36,7 @@ class InstanceFailure(Exception):
         self.instance: Instance | None = None
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An instance declined a request that another one may take; ``status`` and ``body`` are its answer."""
 
     def __init__(self, status: int, body: bytes, content_type: str = "application/json") -> None:
@@ -109,7 +109,13 @@ class Instance:
     """One vLLM server: where it is, how it is, and what the gateway has sent to it."""
 
     def __init__(
-        self, index: int, config: InstanceConfig, kv_blocks: int, block_tokens: int, max_seqs: int, saturation_batch: int
+        self,
+        index: int,
+        config: InstanceConfig,
+        kv_blocks: int,
+        block_tokens: int,
+        max_seqs: int,
+        saturation_batch: int,
     ) -> None:
         self.index = index
         self.config = config
@@ -181,8 +187,8 @@ class Instance:
         try:
             async with session.get(self.urls["/health"], timeout=limit, headers=headers) as response:
                 if response.status != 200:
-                    raise InstanceFailure(f"/health says {response.status}")
-        except (InstanceFailure, aiohttp.ClientError, OSError, TimeoutError) as error:
+                    raise InstanceError(f"/health says {response.status}")
+        except (InstanceError, aiohttp.ClientError, OSError, TimeoutError) as error:
             self.failures += 1
             if self.failures >= FAILURES_TO_DOWN or not self.up:
                 self.fail(_reason(error))
@@ -213,21 +219,21 @@ def prefill_body(payload: Mapping[str, Any], connector: str) -> bytes:
         body["max_completion_tokens"] = 1
     if connector == "nixl":
         body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def decode_body(request: Request, payload: Mapping[str, Any], answer: Mapping[str, Any], connector: str) -> bytes:
     """The request to the decode instance; the client's bytes where the connector finds KV by itself.
 
-    Raises InstanceFailure where the prefill instance gave no parameters of a transfer.
+    Raises InstanceError where the prefill instance gave no parameters of a transfer.
     """
     if connector == "example":  # looks prompts up in the shared folder
         return request.body
     params = answer.get("kv_transfer_params")
     if not isinstance(params, Mapping) or not params:
-        raise InstanceFailure("the prefill instance sent no kv_transfer_params")
+        raise InstanceError("the prefill instance sent no kv_transfer_params")
     body = {**payload, "kv_transfer_params": params}
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def make_session(timeouts: Timeouts) -> aiohttp.ClientSession:

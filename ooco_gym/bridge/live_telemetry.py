@@ -2,30 +2,35 @@
 
 Where each field comes from:
 
-=============================  ===========================================================================================
+=============================  ======================================================================================
 time_s                         the ledger's clock, seconds since the gateway started
 scrape_age_s                   now less the oldest last scrape among the instances that are up; 0 before any scrape
 relaxed_, strict_instances     instances up, by the role in the cluster file (one pool alone counts as both)
 unavailable_instances          instances whose health check or last connection failed
 *_slo_s, decode_floor_s,       the scenario of the cluster file
-mean_prefill_s, saturation_batch
-queued_prefill_*               ledger: predicted prefill of online requests sent without a first token yet, over the instances
-                               that prefill online requests (relaxed ones; without a connector all)
-oldest_wait_s                  ledger: oldest such request beyond the first max_batch_tokens prompt tokens on its instance,
-                               which a first come, first served engine has begun
+mean_prefill_s,
+saturation_batch
+queued_prefill_*               ledger: predicted prefill of online requests sent without a first token yet, over the
+                               instances that prefill online requests (relaxed ones; without a connector all)
+oldest_wait_s                  ledger: oldest such request beyond the first max_batch_tokens prompt tokens on its
+                               instance, which a first come, first served engine has begun
 relaxed_decodes_*              ledger: offline requests sent to relaxed instances and not ended
-relaxed_kv_*, strict_kv_*      scrape (kv_cache_usage_perc), shared out to the classes by the ledger's tokens in context;
-                               without a scrape those tokens over the size of the cache; max over instances
-strict_online_s_*, _batch_s_*  scheduler cost of the ledger's decoding requests (phase and contexts) on strict instances
+relaxed_kv_*, strict_kv_*      scrape (kv_cache_usage_perc), shared out to the classes by the ledger's tokens in
+                               context; without a scrape those tokens over the size of the cache
+strict_online_s_*,             scheduler cost of the ledger's decoding requests (phase and contexts) on strict
+strict_batch_s_*               instances
 strict_decodes_*               ledger: requests that decode on strict instances
 strict_paused_mean             0: a stock engine pauses nothing
-arriving_prefill_*, arrivals_60s, prompt_mean_tokens     ledger: whole past seconds, the running one left out
+arriving_prefill_*,            ledger: online arrivals of whole past seconds, the running one left out
+arrivals_60s,
+prompt_mean_tokens
 output_mean_tokens             ledger: online requests that ended in the last 300 s
 violation_rate_*               ledger: violations booked over arrivals
 offline_backlog                requests waiting here and in the job store
-offline_prompt_, _output_mean  ledger: offline requests taken from the backlog; finished
+offline_prompt_mean_tokens     ledger: offline requests taken from the backlog
+offline_output_mean_tokens     ledger: offline requests that finished
 knob_*                         the policy's last decision (in a dry run too, although nothing is enforced then)
-=============================  ===========================================================================================
+=============================  ======================================================================================
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ooco_gym.bridge.instances import Instance
-from ooco_gym.bridge.ledger import DECODE, Ledger
+from ooco_gym.bridge.ledger import Ledger
+from ooco_gym.bridge.load import DECODE
 from ooco_gym.bridge.scheduler import Scheduler
 from ooco_gym.cluster.control import KNOB_NAMES
 from ooco_gym.cluster.telemetry import BACKLOG_TOP, FIELD_NAMES, Telemetry

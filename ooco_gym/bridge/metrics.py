@@ -26,7 +26,9 @@ class _Collector:
         ledger = self.scheduler.ledger
         ledger.window(1)  # books the violations that became certain meanwhile
         totals = ledger.totals
-        requests = CounterMetricFamily("ooco_requests", "Requests by class and how they ended", labels=["class", "outcome"])
+        requests = CounterMetricFamily(
+            "ooco_requests", "Requests by class and how they ended", labels=["class", "outcome"]
+        )
         arrived = CounterMetricFamily("ooco_arrivals", "Requests accepted, by class", labels=["class"])
         for kind in ("online", "offline"):
             arrived.add_metric([kind], getattr(totals, f"{kind}_requests"))
@@ -34,7 +36,9 @@ class _Collector:
                 requests.add_metric([kind, outcome], getattr(totals, f"{kind}_{outcome}"))
         yield arrived
         yield requests
-        violations = CounterMetricFamily("ooco_slo_violations", "Online requests that violated, by objective", labels=["objective"])
+        violations = CounterMetricFamily(
+            "ooco_slo_violations", "Online requests that violated, by objective", labels=["objective"]
+        )
         for objective in ("ttft", "tpot", "deadline"):
             violations.add_metric([objective], getattr(totals, f"{objective}_violations"))
         yield violations
@@ -43,7 +47,9 @@ class _Collector:
         output.add_metric(["online"], totals.online_output_tokens)
         output.add_metric(["offline"], totals.offline_output_tokens)
         yield output
-        wasted = CounterMetricFamily("ooco_wasted_tokens", "Tokens computed and thrown away by restarts", labels=["kind"])
+        wasted = CounterMetricFamily(
+            "ooco_wasted_tokens", "Tokens computed and thrown away by restarts", labels=["kind"]
+        )
         wasted.add_metric(["prompt"], totals.wasted_prompt_tokens)
         wasted.add_metric(["output"], totals.wasted_output_tokens)
         yield wasted
@@ -76,7 +82,9 @@ class _Collector:
 
     def _control(self) -> Iterator[Metric]:
         yield CounterMetricFamily("ooco_decisions", "Control intervals", value=self.control.decisions)
-        yield CounterMetricFamily("ooco_fallbacks", "Control intervals that ooco decided for the policy", value=self.control.fallbacks)
+        yield CounterMetricFamily(
+            "ooco_fallbacks", "Control intervals that ooco decided for the policy", value=self.control.fallbacks
+        )
         knobs = GaugeMetricFamily("ooco_knob", "Knobs as last decided", labels=["knob"])
         if self.control.last is not None:
             for name, value in self.control.last.knobs.items():
@@ -87,5 +95,5 @@ class _Collector:
 def exporter(scheduler: Scheduler, control: Control, stored: Callable[[], int]) -> Callable[[], bytes]:
     """A function that renders the page."""
     registry = CollectorRegistry()
-    registry.register(_Collector(scheduler, control, stored))  # type: ignore[arg-type]
+    registry.register(_Collector(scheduler, control, stored))
     return lambda: generate_latest(registry)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ooco_gym.bridge.config import BridgeConfig
 from ooco_gym.bridge.instances import Instance
-from ooco_gym.bridge.ledger import DECODE, Request
+from ooco_gym.bridge.load import DECODE, Request
 from ooco_gym.bridge.prediction import Prediction
 from ooco_gym.cluster.control import KNOB_NAMES, RULES, ooco_knobs
 
@@ -62,13 +62,22 @@ class Placement:
         if self.config.dry_run:
             return min(up, key=lambda instance: (len(instance.load.requests), instance.index))
         if self.rules["routing"] == "round_robin":
-            chosen = min(up, key=lambda instance: ((instance.index - self._turn - 1) % len(self.instances)))
+            chosen = min(up, key=lambda instance: (instance.index - self._turn - 1) % len(self.instances))
             self._turn = chosen.index
             return chosen
         if self.disaggregated and not whole:
             return min(up, key=lambda instance: (instance.load.pending_s, instance.index))
-        return min(up, key=lambda instance: (self._crowded(instance, request), instance.load.pending_s,
-                                             instance.role == "relaxed", instance.load.online, instance.index))  # fmt: skip
+        return min(up, key=lambda instance: self._plain_order(instance, request))
+
+    def _plain_order(self, instance: Instance, request: Request) -> tuple[bool, float, bool, int, int]:
+        load = instance.load
+        return (
+            self._crowded(instance, request),
+            load.pending_s,
+            instance.role == "relaxed",
+            load.online,
+            instance.index,
+        )
 
     def _crowded(self, instance: Instance, request: Request) -> bool:
         """Online work alone leaves this request no place, no KV, or no iteration within the bound."""
@@ -89,7 +98,11 @@ class Placement:
         """The strict instance for a hand-over (17): the smallest share of KV taken."""
         up = [instance for instance in self.strict if instance.up and instance not in tried]
         if online and self.rules["placement"] == "least_online_kv":
-            return min(up, key=lambda instance: (instance.load.online_tokens / instance.kv_tokens, instance.index), default=None)
+            return min(
+                up,
+                key=lambda instance: (instance.load.online_tokens / instance.kv_tokens, instance.index),
+                default=None,
+            )
         return min(up, key=lambda instance: (instance.kv_usage(), instance.index), default=None)
 
     # What gives way to an online arrival
@@ -98,7 +111,7 @@ class Placement:
         """Offline requests to abort for an online arrival that ``instance.load`` already counts (20, 37).
 
         Offline prefills go if the predicted TTFT without interruption exceeds preempt_slack * TTFT SLO. Then, while the
-        engine has no place or no KV for the arrival, which therefore would wait for a decode to end, the newest decodes.
+        engine has no place or no KV for the arrival, which would so wait for a decode to end, the newest decodes.
         """
         load = instance.load
         if not load.offline or self.rules["preemption"] == "iteration" or self.rules["prefill_order"] == "fcfs":
@@ -121,7 +134,7 @@ class Placement:
         return chosen
 
     def uninterrupted_s(self, instance: Instance, now_s: float) -> float:
-        """Predicted TTFT of the newest online arrival here if nothing is aborted: offline prefill left + pending online."""
+        """Predicted TTFT of the newest online arrival here without interruption: offline prefill left + pending."""
         prefills = [other for other in instance.load.requests if not other.online and other.phase != DECODE]
         left_s = 0.0
         if prefills:
@@ -136,7 +149,9 @@ class Placement:
         if self.rules["admission"] != "gate":
             return None
         open_ = [instance for instance in self.relaxed or self.instances if self._takes(instance, request, now_s)]
-        return min(open_, key=lambda instance: (instance.load.offline, instance.kv_usage(), instance.index), default=None)
+        return min(
+            open_, key=lambda instance: (instance.load.offline, instance.kv_usage(), instance.index), default=None
+        )
 
     def _takes(self, instance: Instance, request: Request, now_s: float) -> bool:
         load = instance.load
@@ -199,7 +214,9 @@ class Placement:
 
     def preferred(self, instance: Instance, waiting: Iterable[Request]) -> Request | None:
         """Whom a pull takes among the first of the backlog: nearest to pull_length * L*, or the longest."""
-        candidates = [request for _, request in zip(range(LOOKAHEAD), waiting, strict=False) if self.fits(instance, request)]
+        candidates = [
+            request for _, request in zip(range(LOOKAHEAD), waiting, strict=False) if self.fits(instance, request)
+        ]
         if self.rules["migration"] == "longest":
             return max(candidates, key=lambda request: request.prompt_tokens, default=None)
         target = self.knobs["pull_length"] * self.pull_length(instance)

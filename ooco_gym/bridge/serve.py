@@ -1,8 +1,8 @@
 """``python -m ooco_gym.bridge serve``: wires the parts, runs them under uvicorn, and ends them in order.
 
-At SIGTERM or SIGINT the gateway stops accepting, aborts offline work (a job's requests stay in the store, an interactive
-client is told), lets online requests end for up to timeouts.drain_s, then tells those that are left. A second signal
-ends it at once.
+At SIGTERM or SIGINT the gateway stops accepting, aborts offline work (a job's requests stay in the store, an
+interactive client is told), lets online requests end for up to timeouts.drain_s, then tells those that are left. A
+second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ooco_gym.bridge.gateway import Gateway
 from ooco_gym.bridge.instances import Instance, make_session
 from ooco_gym.bridge.ledger import Ledger
 from ooco_gym.bridge.metrics import exporter
+from ooco_gym.bridge.placement import LOOKAHEAD
 from ooco_gym.bridge.prediction import Prediction
 from ooco_gym.bridge.scheduler import Scheduler
 from ooco_gym.bridge.status import page, status
@@ -48,6 +49,7 @@ class Bridge:
         self.ledger = Ledger(slo.ttft_s, slo.tpot_s)
         self.scheduler = Scheduler(config, self.ledger, Prediction(config.scenario))
         self.runner: Any = None
+        self._store: Any = None
         self.control = Control(config, self.scheduler, policy, self.stored)
         self.notes = not_enforced(config, policy.rules)
         metrics = exporter(self.scheduler, self.control, self.stored)
@@ -65,13 +67,15 @@ class Bridge:
             return []
         from ooco_gym.bridge import jobs  # SQLite and the multipart parser are needed by nobody else
 
-        self._store = jobs.open_store(self.config.jobs)
-        self.runner = jobs.Runner(self._store, self.scheduler)
+        self._store = jobs.Store(self.config.jobs)
+        # Enough for every seat of every instance, and for a pull to choose among.
+        window = sum(instance.max_seqs for instance in self.scheduler.instances) + LOOKAHEAD
+        self.runner = jobs.Runner(self._store, self.scheduler, window=window)
         return list(jobs.routes(self._store, self.runner))
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self.scheduler.session = make_session(self.config.timeouts)
+        self.scheduler.forwarder.session = make_session(self.config.timeouts)
         for note in self.notes:
             log.warning("not enforced", extra={"note": note})
         await asyncio.gather(*(self._probe(instance) for instance in self.scheduler.instances))
@@ -90,7 +94,9 @@ class Bridge:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self.scheduler.session.close()
+            await self.scheduler.forwarder.session.close()
+            if self._store is not None:
+                self._store.close()
             log.info("stopped", extra={"online": self.ledger.totals.online_finished,
                                        "offline": self.ledger.totals.offline_finished})  # fmt: skip
 
@@ -101,7 +107,7 @@ class Bridge:
         return task
 
     async def _probe(self, instance: Instance) -> None:
-        session = self.scheduler.session
+        session = self.scheduler.forwarder.session
         assert session is not None
         key = self.config.upstream_key
         was_up = instance.up
@@ -177,6 +183,7 @@ def make_server(bridge: Bridge) -> Server:
             lifespan="on",
             server_header=False,
             date_header=False,
+            timeout_keep_alive=30,
             timeout_graceful_shutdown=int(bridge.config.timeouts.drain_s) + 3,
         ),
     )
@@ -231,7 +238,9 @@ def main(settings: Mapping[str, Any]) -> None:
     for note in bridge.notes:
         print(f"note: {note}", file=sys.stderr)
     server = make_server(bridge)
-    server.on_started = lambda port: print(f"listening on http://{config.listen.host}:{port}", file=sys.stderr, flush=True)
+    server.on_started = lambda port: print(
+        f"listening on http://{config.listen.host}:{port}", file=sys.stderr, flush=True
+    )
     with suppress(KeyboardInterrupt):
         server.run()
     if not server.started:

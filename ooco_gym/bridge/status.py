@@ -1,4 +1,4 @@
-"""What the status page shows: pools, instances, queues, attainment, and the knobs in words with the numbers behind them."""
+"""What the status page shows: pools, instances, queues, attainment, the knobs in words and the numbers behind them."""
 
 from __future__ import annotations
 

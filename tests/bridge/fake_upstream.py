@@ -1,6 +1,6 @@
 """A fake vLLM: the endpoints, event forms and metric names that the bridge relies on, on real sockets.
 
-Requests wait for one of ``max_num_seqs`` seats, first come first served, then prefill, then emit a token per decode step.
+Requests wait for one of ``max_num_seqs`` seats, first come first served, prefill, then emit a token per decode step.
 The text depends on the prompt alone, as greedy decoding does. A client that disconnects frees its seat at once.
 """
 
@@ -70,7 +70,9 @@ class FakeUpstream:
         if self.key and http.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": "key", "code": 401}}, status=401)
         if self.error_status:
-            return web.json_response({"error": {"message": "broken", "code": self.error_status}}, status=self.error_status)
+            return web.json_response(
+                {"error": {"message": "broken", "code": self.error_status}}, status=self.error_status
+            )
         stream = bool(payload.get("stream"))
         if self.refuse == "status" or (self.refuse == "sse" and not stream):
             return web.json_response({"error": {"message": "queue full", "type": "x", "code": 503}}, status=503)
@@ -162,7 +164,7 @@ class FakeUpstream:
             f"vllm:num_preemptions_total{labels} 0.0",
             f"vllm:prompt_tokens_total{labels} {float(self.prompt_tokens)}",
             f"vllm:generation_tokens_total{labels} {float(self.generation_tokens)}",
-            f'vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1",model_name="tiny"}} {float(self.first_tokens)}',
+            f'vllm:time_to_first_token_seconds_bucket{{engine="0",le="0.1"}} {float(self.first_tokens)}',
             f"vllm:time_to_first_token_seconds_count{labels} {float(self.first_tokens)}",
             f'vllm:cache_config_info{{block_size="{self.block_tokens}",num_gpu_blocks="{self.kv_blocks}"}} 1.0',
         ]

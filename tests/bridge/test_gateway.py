@@ -1,5 +1,6 @@
 """The gateway over fake instances on real sockets: what a client sees, whatever the instances do."""
 
+# ruff: noqa: SIM117 -- a line for each server that a test starts
 from __future__ import annotations
 
 import asyncio
@@ -149,7 +150,9 @@ def test_failure_before_the_first_token_is_retried_elsewhere(fault, stream):
     async def scenario():
         bad, good = FakeUpstream(), FakeUpstream()
         async with upstreams(bad, good):
-            async with gateway(config_for([good], [bad], scrape_interval_s=5.0)) as client:  # plain routing prefers strict
+            async with gateway(
+                config_for([good], [bad], scrape_interval_s=5.0)
+            ) as client:  # plain routing prefers strict
                 if fault == "gone":
                     await bad.stop()
                 elif fault.startswith("refuse"):
@@ -237,8 +240,10 @@ def test_client_that_does_not_read_is_dropped():
             async with gateway(config_for([only], timeouts={"client_s": 0.2})) as client:
                 port = int(client.base.rsplit(":", 1)[1])
                 body = json.dumps({**PROMPT, "max_tokens": 200_000, "stream": True}).encode()
-                reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-                writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+                writer.write(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+                )
                 await client.until(lambda: client.totals.online_cancelled == 1, 8.0)
                 await client.until(lambda: only.running == 0)
                 writer.close()
@@ -248,7 +253,9 @@ def test_client_that_does_not_read_is_dropped():
 
 def test_two_hundred_clients():
     async def scenario():
-        async with upstreams(FakeUpstream(prefill_s_per_token=1e-3, decode_s=2e-3), FakeUpstream(decode_s=2e-3)) as fakes:
+        async with upstreams(
+            FakeUpstream(prefill_s_per_token=1e-3, decode_s=2e-3), FakeUpstream(decode_s=2e-3)
+        ) as fakes:
             async with gateway(config_for(fakes[:1], fakes[1:])) as client:
 
                 async def one(index):
@@ -294,7 +301,11 @@ def test_stock_openai_client():
             api = openai.AsyncOpenAI(base_url=client.base + "/v1", api_key="EMPTY", max_retries=0)
             whole = await api.completions.create(model="tiny", prompt="p", max_tokens=4)
             stream = await api.chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": "p"}], max_tokens=4, stream=True, service_tier="flex"
+                model="tiny",
+                messages=[{"role": "user", "content": "p"}],
+                max_tokens=4,
+                stream=True,
+                service_tier="flex",
             )
             text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
             assert whole.choices[0].text == "".join(only.words({"prompt": "p"}, 4)) and len(text) == 20

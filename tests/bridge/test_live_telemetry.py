@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
 from ooco_gym.bridge.config import parse_config
 from ooco_gym.bridge.instances import Instance, Scrape, parse_scrape
-from ooco_gym.bridge.ledger import DECODE, PREFILL, Ledger, Request
+from ooco_gym.bridge.ledger import Ledger
 from ooco_gym.bridge.live_telemetry import read
+from ooco_gym.bridge.load import DECODE, PREFILL, Request
 from ooco_gym.bridge.prediction import Prediction, PromptLengths
 from ooco_gym.bridge.scheduler import Scheduler
 from ooco_gym.cluster.control import KNOB_NAMES, ooco_knobs
@@ -39,7 +40,7 @@ class World:
         self.clock = Clock()
         self.ledger = Ledger(0.5, 0.05, self.clock)
         self.scheduler = Scheduler(self.config, self.ledger, Prediction(self.config.scenario))
-        self.scheduler.wake = self.ledger.on_first_token = lambda: None
+        self.scheduler.wake = self.scheduler.forwarder.released = self.ledger.on_first_token = lambda: None
         for instance in self.scheduler.instances:
             instance.up = True
 
@@ -49,7 +50,7 @@ class World:
         return request
 
     def send(self, request, index, phase=PREFILL):
-        self.scheduler._enter(self.scheduler.instances[index], request, phase)
+        self.scheduler.forwarder.enter(self.scheduler.instances[index], request, phase)
 
     def end(self, request, output=None):
         request.load.leave(request)
@@ -131,7 +132,11 @@ def test_strict_pool(world):
     assert record["strict_online_s_max"] == pytest.approx(decode(2, 2, 1500))
     assert record["strict_batch_s_max"] == pytest.approx(decode(2, 3, 1800))
     assert record["strict_batch_s_mean"] == pytest.approx((decode(2, 3, 1800) + decode(3, 1, 700)) / 2)
-    assert (record["strict_decodes_mean"], record["strict_decodes_max"], record["strict_paused_mean"]) == (2.0, 3.0, 0.0)
+    assert (record["strict_decodes_mean"], record["strict_decodes_max"], record["strict_paused_mean"]) == (
+        2.0,
+        3.0,
+        0.0,
+    )
 
 
 def test_arrivals_are_sums_over_whole_past_seconds(world):

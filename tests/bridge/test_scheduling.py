@@ -1,5 +1,6 @@
 """What the scheduler does with offline work and with two pools: gate, preemption, pull, hand-over, retry."""
 
+# ruff: noqa: SIM117 -- a line for each server that a test starts
 from __future__ import annotations
 
 import asyncio
@@ -241,7 +242,10 @@ def test_hand_over_prefills_on_relaxed_and_decodes_on_strict(connector, stream):
                 assert "stream_options" not in first["payload"]
                 assert first["id"] == second["id"] == "h1"
                 if connector == "nixl":
-                    assert first["payload"]["kv_transfer_params"] == {"do_remote_decode": True, "do_remote_prefill": False}
+                    assert first["payload"]["kv_transfer_params"] == {
+                        "do_remote_decode": True,
+                        "do_remote_prefill": False,
+                    }
                     expected = {"do_remote_prefill": True, "remote_engine_id": relaxed.port, "blocks": [1, 2]}
                     assert second["payload"] == {**payload, "kv_transfer_params": expected}
                 else:
