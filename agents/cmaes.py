@@ -6,21 +6,20 @@ action space of the environment, where every knob has the same range; ``knobs`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from cmaes import CMA
 from rich.progress import Progress
 
 from agents.training import Training, typed_config
-from ooco_gym.cluster.control import KNOB_NAMES, action_to_knobs, ooco_action, ooco_knobs
+from ooco_gym.cluster.control import KNOB_NAMES, action_to_knobs, knobs_to_action, ooco_knobs
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.episodes import run_episodes
 from ooco_gym.evaluation.seeds import episode_seeds
-from ooco_gym.policy import ConstantPolicy
+from ooco_gym.policy import ConstantPolicy, Knobs
 
 
 @dataclass
@@ -55,6 +54,39 @@ class CmaesConfig:
             )
 
 
+class KnobSearch:
+    """CMA-ES over some knobs in the action space of the environment, started at ``start``; the others stay there."""
+
+    def __init__(self, start: Knobs, names: Sequence[str], sigma: float, population: int, seed: int) -> None:
+        self.start, self.tuned = start.copy(), [KNOB_NAMES.index(name) for name in names]
+        self.population = population
+        bounds = np.tile([-1.0, 1.0], (len(names), 1))
+        self._search = CMA(
+            knobs_to_action(start)[self.tuned], sigma, bounds=bounds, population_size=population, seed=seed % 2**32
+        )
+        self._points: list[Knobs] = []
+
+    def ask(self) -> list[Knobs]:
+        """The knob vectors of the next generation."""
+        self._points = [self._search.ask() for _ in range(self.population)]
+        return [self._knobs_at(point) for point in self._points]
+
+    def tell(self, costs: Sequence[float]) -> None:
+        """What the vectors of the last :meth:`ask` cost, in their order; less is better."""
+        self._search.tell(list(zip(self._points, map(float, costs), strict=True)))
+
+    @property
+    def centre(self) -> Knobs:
+        """The mean of the search distribution, as knobs."""
+        return self._knobs_at(self._search.mean)
+
+    def _knobs_at(self, point: Knobs) -> Knobs:
+        knobs, action = self.start.copy(), knobs_to_action(self.start)
+        action[self.tuned] = point
+        knobs[self.tuned] = action_to_knobs(action)[self.tuned]
+        return knobs
+
+
 def configure(values: Mapping[str, Any]) -> CmaesConfig:
     """The checked config; raises OocoError naming the setting and what is accepted."""
     return typed_config(CmaesConfig, values, "agent")
@@ -63,12 +95,8 @@ def configure(values: Mapping[str, Any]) -> CmaesConfig:
 def train(run: Training) -> ConstantPolicy:
     """Search until the generations are spent or Ctrl-C; returns the best feasible constant seen in validation."""
     config = configure(run.config)
-    tuned = [KNOB_NAMES.index(name) for name in config.knobs]
 
-    def policy_at(point: npt.NDArray[np.float64]) -> ConstantPolicy:
-        knobs, action = ooco_knobs(), ooco_action().astype(float)
-        action[tuned] = point
-        knobs[tuned] = action_to_knobs(action)[tuned]
+    def policy_of(knobs: Knobs) -> ConstantPolicy:
         values = dict(zip(KNOB_NAMES, knobs.tolist(), strict=True))
         return ConstantPolicy(config.policy, config.rules, values, f"constant tuned on {run.scenario.online.name}")
 
@@ -78,22 +106,19 @@ def train(run: Training) -> ConstantPolicy:
         useful = float(np.mean([outcome.offline_ideal_s_per_instance_s for outcome in outcomes]))
         return config.price * sum(outcome.violations for outcome in outcomes) / counted - useful
 
-    start = ooco_action().astype(float)[tuned]
-    bounds = np.tile([-1.0, 1.0], (len(tuned), 1))
-    search = CMA(start, config.sigma, bounds=bounds, population_size=config.population, seed=run.seed % 2**32)
+    search = KnobSearch(ooco_knobs(), config.knobs, config.sigma, config.population, run.seed)
     fresh = iter(episode_seeds("train", run.seed, config.generations * config.episodes))
     with Progress(console=run.console) as progress:
         task = progress.add_task("CMA-ES", total=config.generations)
-        run.validate(policy_at(start), 0, config.validation_episodes)
+        run.validate(policy_of(ooco_knobs()), 0, config.validation_episodes)
         try:
             for generation in range(1, config.generations + 1):
                 seeds = [next(fresh) for _ in range(config.episodes)]
-                points = [search.ask() for _ in range(config.population)]
-                costs = [cost_of(policy_at(point), seeds) for point in points]
-                search.tell(list(zip(points, costs, strict=True)))
+                costs = [cost_of(policy_of(knobs), seeds) for knobs in search.ask()]
+                search.tell(costs)
                 step = generation * config.population * config.episodes
                 values = {"train/reward": -float(np.mean(costs)), "train/best_reward": -min(costs)}
-                centre = policy_at(search.mean)
+                centre = policy_of(search.centre)
                 values |= {f"knobs/{name}": float(knob) for name, knob in zip(KNOB_NAMES, centre.vector, strict=True)}
                 run.tracker.log(values, step)
                 run.history.append({"step": step, **values})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # baselines live i
 
 import baselines
 from ooco_gym import presets
-from ooco_gym.errors import OocoError
 from ooco_gym.evaluation import Case, Comparison, episode_seeds
 from ooco_gym.evaluation.admission import ADMITTED_VIOLATION_RATE, online_violation_rate
 from ooco_gym.evaluation.command import (
@@ -39,28 +36,6 @@ from ooco_gym.evaluation.command import (
 )
 from ooco_gym.evaluation.figures import plot_comparison
 from ooco_gym.evaluation.report import print_comparison, write_json
-from ooco_gym.policy import ConstantPolicy, Policy, load_policy
-
-
-def resolve_policy(entry: Any) -> Policy:
-    """A baseline's name, a saved policy's folder, ``{baseline, name, knobs}`` or ``{policy, name}``."""
-    if isinstance(entry, Mapping):
-        keys = set(entry)
-        if keys == {"policy", "name"}:
-            return replace(load_policy(str(entry["policy"])), name=str(entry["name"]))
-        if "baseline" not in keys or keys - {"baseline", "name", "knobs"}:
-            raise OocoError(
-                f"policies: {dict(entry)} is not understood, "
-                "accepted are {baseline, name, knobs} and {policy, name}"
-            )
-        if not isinstance(entry.get("knobs", {}), Mapping):
-            raise OocoError(f"policies: knobs is {entry['knobs']!r}, a mapping from knob names to numbers is needed")
-        base = baselines.load(str(entry["baseline"]))
-        knobs = dict(getattr(base, "knobs", {})) | dict(entry.get("knobs", {}))
-        return ConstantPolicy(str(entry.get("name", f"{base.name}*")), base.rules, knobs)
-    if Path(str(entry)).is_dir() or "/" in str(entry):
-        return load_policy(str(entry))
-    return baselines.load(str(entry))
 
 
 def resolve_workload(entry: Any) -> dict[str, Any]:
@@ -69,15 +44,6 @@ def resolve_workload(entry: Any) -> dict[str, Any]:
         name = Path(str(entry)).name.removesuffix(".gz").removesuffix(".csv")
         return {**presets.load("workload", "csv"), "name": name, "file": str(entry)}
     return presets.load("workload", str(entry))
-
-
-def resolve_policies(entries: list[Any]) -> list[Policy]:
-    policies = [resolve_policy(entry) for entry in entries]
-    names = [policy.name for policy in policies]
-    for name in names:
-        if names.count(name) > 1:
-            raise OocoError(f"policies: two are called '{name}', name one {{policy: FOLDER, name: NAME}}")
-    return policies
 
 
 def cases(settings: dict[str, Any], console: Console) -> list[Case]:
@@ -105,7 +71,7 @@ def cases(settings: dict[str, Any], console: Console) -> list[Case]:
 def main(config: DictConfig) -> None:
     settings = plain(config)
     console = make_console()
-    policies = resolve_policies(listed(settings, "policies"))
+    policies = baselines.resolve_all(listed(settings, "policies"))
     seeds = episode_seeds("evaluation", whole(settings, "seed", 0), whole(settings, "seeds", 1))
     interval_s = control_interval(settings)
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from given import Given
 from measured_streams import Floats, Run, Times
 from scipy.optimize import minimize_scalar
 
@@ -32,18 +32,6 @@ SERVING: dict[str, dict[str, str]] = {
 }
 DRAIN_S = 36_000.0  # after the last arrival; nothing measured takes longer
 MOST_HOST_S = 0.05
-
-
-class Given:
-    """A workload that gives the same rows at every seed."""
-
-    def __init__(self, sample: Requests | OfflineJobs) -> None:
-        self._sample = sample
-        self.mean_prompt_tokens = float(np.mean(sample.prompt_tokens)) if len(sample) else 0.0
-        self.mean_output_tokens = float(np.mean(sample.output_tokens)) if len(sample) else 0.0
-
-    def sample(self, seed: int, duration_s: float) -> Any:
-        return self._sample
 
 
 def scenario_of(run: Run, host_s: float) -> Scenario:

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from given import Given
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -43,18 +44,6 @@ STYLE: dict[Any, Any] = {"font.size": 8.0, "svg.fonttype": "none", "svg.hashsalt
 PAIR = {0: "relaxed 0", 1: "strict 1"}  # instances of the cluster of one and one
 INK, GREY = "#333333", "#888888"
 Row = tuple[float, int, int]  # arrival in seconds, prompt and output tokens
-
-
-class Given:
-    """A workload that gives the same rows at every seed."""
-
-    def __init__(self, sample: Requests | OfflineJobs) -> None:
-        self._sample = sample
-        self.mean_prompt_tokens = float(np.mean(sample.prompt_tokens)) if len(sample) else 0.0
-        self.mean_output_tokens = float(np.mean(sample.output_tokens)) if len(sample) else 0.0
-
-    def sample(self, seed: int, duration_s: float) -> Any:
-        return self._sample
 
 
 @dataclass(frozen=True)

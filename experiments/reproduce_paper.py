@@ -32,7 +32,7 @@ from ooco_gym.evaluation.figures import colour
 from ooco_gym.evaluation.report import write_json
 from ooco_gym.evaluation.statistics import Estimate, summarise
 from ooco_gym.policy import Policy
-from ooco_gym.scenario import Scenario, build_scenario
+from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
 
 #: Fig. 23 of the report: sustained offline requests/s; the last column reached the end of its sweep.
 PUBLISHED = {
@@ -71,7 +71,13 @@ class Study:
         return admission.scenario.with_rate_scale(admission.rate_scale * float(changes.get("load", 1.0)))
 
     def prober(self, policy: Policy, scenario: Scenario, label: str) -> Prober:
-        identity = json.dumps([repr(scenario), scenario.online.rate_scale, dict(policy.rules), label], default=str)
+        # What is written in the preset files, not only their names: a changed file is another scenario.
+        config = {
+            group: presets.load(group, value) if group in DEFAULT_PRESETS and isinstance(value, str) else value
+            for group, value in scenario.settings.items()
+        }
+        knobs = dict(getattr(policy, "knobs", {}))
+        identity = json.dumps([config, scenario.episode_s, scenario.warmup_s, dict(policy.rules), knobs], default=str)
         key = f"{policy.name} {label} {blake2b(identity.encode(), digest_size=8).hexdigest()}"
         return Prober(policy, scenario, self.seeds, memory=self.folder / "probes.jsonl", key=key)
 
@@ -99,9 +105,18 @@ def show(estimate: Estimate | None, digits: int = 2) -> str:
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def main_table(study: Study, workload: str, limits: list[float]) -> dict[str, Any]:
+def named_workload(entry: Any) -> tuple[str, dict[str, Any]]:
+    """An entry of ``workloads``: a preset's name, or a mapping with ``workload`` and what else it needs."""
+    changes = dict(entry) if isinstance(entry, Mapping) else {"workload": entry}
+    if not isinstance(changes.get("workload"), str):
+        raise OocoError(f"workloads: {entry!r} is not understood, a name or a mapping with workload: NAME is needed")
+    presets.load("workload", changes["workload"])
+    return changes.pop("workload"), changes
+
+
+def main_table(study: Study, workload: str, changes: Mapping[str, Any], limits: list[float]) -> dict[str, Any]:
     """One workload: capacities beside the published ones, saturated throughput, and the points of the curve."""
-    scenario = study.admitted(workload, {})
+    scenario = study.admitted(workload, changes)
     found = study.capacities(scenario, workload, limits)
     bound = offline_bound(scenario, study.seeds)
     published = PUBLISHED.get(workload, {})
@@ -160,35 +175,60 @@ def curve(study: Study, policy: Policy, scenario: Scenario, label: str) -> list[
     return points
 
 
-def sensitivity(study: Study, workload: str, variants: Mapping[str, Mapping[str, Any]], limit: float) -> dict[str, Any]:
-    """Capacities with one assumption changed at a time."""
-    names = [policy.name for policy in study.policies]
-    title = f"{workload}, one assumption changed: offline requests/s at {limit:.0%}"
+def sensitivity(
+    study: Study,
+    workload: str,
+    given: Mapping[str, Any],
+    variants: Mapping[str, Mapping[str, Any]],
+    limits: list[float],
+) -> dict[str, Any]:
+    """Capacities at the first limit and gains of ooco at the first two, with one assumption changed at a time."""
+    limits, names = limits[:2], [policy.name for policy in study.policies]
+    rivals = [name for name in ("base-pd", "online-priority") if {name, "ooco"} <= set(names)]
+    title = f"{workload}, one assumption changed: offline requests/s at {limits[0]:.0%}, and gains of ooco"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("assumption", *names, "ooco / base-pd", "ooco / online-priority"):
+    gains = [(rival, limit) for rival in rivals for limit in limits]
+    for heading in ("assumption", *names, *(f"/ {rival}\nat {limit:.0%}" for rival, limit in gains)):
         table.add_column(heading, justify="left" if heading == "assumption" else "right")
     rows: dict[str, Any] = {}
     for label, changes in variants.items():
         try:
-            scenario = study.admitted(workload, changes)
+            scenario = study.admitted(workload, {**given, **changes})
         except OocoError as error:
-            study.console.print(f"{label}: left out, {error}")
+            study.console.print(f"[yellow]{workload}, {label}[/yellow] left out: {error}")
             continue
-        found = study.capacities(scenario, f"{workload} {label}", [limit])
-        ratios = [
-            capacity_ratio(found["ooco"][limit], found[rival][limit]) if {"ooco", rival} <= set(found) else None
-            for rival in ("base-pd", "online-priority")
-        ]
-        rows[label] = {name: asdict(found[name][limit].rate_per_s) for name in names}
-        table.add_row(label, *(f"{found[name][limit].rate_per_s.value:.2f}" for name in names), *map(show, ratios))
+        found = study.capacities(scenario, f"{workload} {label}", limits)
+        ratios = [capacity_ratio(found["ooco"][limit], found[rival][limit]) for rival, limit in gains]
+        rows[label] = {
+            "capacity_per_s": {
+                name: {f"{limit:g}": asdict(found[name][limit].rate_per_s) for limit in limits} for name in names
+            },
+            "bounded_by": {name: found[name][limits[0]].bounded_by for name in names},
+            "gains_of_ooco": {
+                f"{rival} at {limit:g}": ratio and asdict(ratio)
+                for (rival, limit), ratio in zip(gains, ratios, strict=True)
+            },
+        }
+        table.add_row(label, *(f"{found[name][limits[0]].rate_per_s.value:.2f}" for name in names), *map(show, ratios))
     study.console.print(table)
     return rows
+
+
+def chosen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sensitivity rows that ``rows`` names, all where it is null; raises OocoError on an unknown one."""
+    known, rows = settings["sensitivity"], settings["rows"]
+    if rows is None:
+        return dict(known)
+    unknown = [row for row in rows if row not in known] if isinstance(rows, list) else [rows]
+    if unknown:
+        raise OocoError(f"rows: '{unknown[0]}' is unknown, accepted is a list of some of {', '.join(known)}")
+    return {row: known[row] for row in rows}
 
 
 def draw(results: Mapping[str, Any], limit: float, path: Path) -> None:
     """Violation rate over the offline rate, one panel per workload, published capacities as ticks on the line."""
     workloads = list(results)
-    figure = Figure(figsize=(4.6 * len(workloads), 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(3.6 * len(workloads), 3.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, workload in zip(figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True):
         for name, row in results[workload]["policies"].items():
@@ -210,26 +250,28 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     if settings["quick"]:
         settings |= QUICK
-        settings["sensitivity"] = dict(list(settings["sensitivity"].items())[:3])
+        settings["rows"] = settings["rows"] or list(settings["sensitivity"])[:3]
     whole(settings, "seeds", 2)
     console, folder = make_console(), Path(HydraConfig.get().runtime.output_dir)
-    workloads, limits = listed(settings, "workloads"), [float(limit) for limit in listed(settings, "limits")]
-    for workload in workloads:
-        presets.load("workload", workload)
+    workloads = dict(named_workload(entry) for entry in listed(settings, "workloads"))
+    limits = [float(limit) for limit in listed(settings, "limits")]
+    settings["sensitivity"] = chosen_rows(settings)
     save_config(settings, folder)
     study = Study(settings, folder, console)
     compile_kernel(build_scenario({key: settings[key] for key in SCENARIO_KEYS if key in settings}))
     results: dict[str, Any] = {"workloads": {}, "sensitivity": {}}
     try:
-        for workload in workloads:
+        for workload, changes in workloads.items():
             try:
-                results["workloads"][workload] = main_table(study, workload, limits)
+                results["workloads"][workload] = main_table(study, workload, changes, limits)
             except OocoError as error:
                 console.print(f"{workload}: left out, {error}")
             write_json(folder / "results.json", results)
-        if settings["sensitivity"] and results["workloads"]:
-            first = next(iter(results["workloads"]))
-            results["sensitivity"] = sensitivity(study, first, settings["sensitivity"], limits[0])
+        for workload in listed(settings, "sensitivity_of") if settings["sensitivity"] else []:
+            results["sensitivity"][workload] = sensitivity(
+                study, workload, workloads.get(workload, {}), settings["sensitivity"], limits
+            )
+            write_json(folder / "results.json", results)
     except KeyboardInterrupt:
         console.print(f"interrupted: run it again with hydra.run.dir={folder} to resume")
         raise

@@ -3,12 +3,16 @@
 Importing the package registers ``OOCO/Cluster-v0``; ``gymnasium.make("ooco_gym:OOCO/Cluster-v0")`` imports it first.
 """
 
-import gymnasium
-
 __version__ = "0.1.0"
 
-gymnasium.register(
-    id="OOCO/Cluster-v0",
-    entry_point="ooco_gym.envs.cluster_env:ClusterEnv",
-    vector_entry_point="ooco_gym.envs.vector_env:ClusterVectorEnv",
-)
+try:
+    import gymnasium
+except ModuleNotFoundError as error:  # a machine that only serves has no use for environments
+    if error.name != "gymnasium":
+        raise
+else:
+    gymnasium.register(
+        id="OOCO/Cluster-v0",
+        entry_point="ooco_gym.envs.cluster_env:ClusterEnv",
+        vector_entry_point="ooco_gym.envs.vector_env:ClusterVectorEnv",
+    )

@@ -5,20 +5,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import engine_validation
 import numpy as np
 import pytest
+from engine_replay import closed_loop_arrivals, fit_host_s, fitting_runs, replay, times_of
+from measured_loops import drawn_lengths, eight_bit_blocks, fp8
+from measured_streams import Deployment, Run, Times, contradictory, pair, stream
 
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import build_cost, prefill_s, resolve_hardware, resolve_model
 from ooco_gym.workload import Requests
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "experiments"))  # experiments are scripts, not a package
-
-import engine_validation  # noqa: E402
-from engine_replay import closed_loop_arrivals, fit_host_s, fitting_runs, replay, times_of  # noqa: E402
-from measured_loops import drawn_lengths, eight_bit_blocks, fp8  # noqa: E402
-from measured_streams import Deployment, Run, Times, contradictory, pair, stream  # noqa: E402
 
 A100 = resolve_hardware("a100")
 UNIFIED = {"unified": 1, "max_seqs": 64, "chunk_tokens": 2048, "kv_blocks": 4000}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ooco_gym.cluster import Outcome
+from ooco_gym.evaluation.bound import offline_bound
 from ooco_gym.evaluation.episodes import run_episodes
 from ooco_gym.evaluation.statistics import Estimate, class_violation_rates, is_feasible, paired_difference, summarise
 from ooco_gym.policy import Policy
@@ -44,9 +46,10 @@ class Comparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row per policy: identification, estimates, ``<metric>_ci95`` intervals."""
-        return [self._row(name, outcomes) for name, outcomes in self.outcomes.items()]
+        bound = offline_bound(self.case.scenario, self.seeds).useful
+        return [self._row(name, outcomes, bound) for name, outcomes in self.outcomes.items()]
 
-    def _row(self, name: str, outcomes: list[Outcome]) -> dict[str, Any]:
+    def _row(self, name: str, outcomes: list[Outcome], bound: float) -> dict[str, Any]:
         summary = summarise(outcomes)
         case = self.case
         requests = sum(outcome.online_requests for outcome in outcomes)
@@ -67,6 +70,9 @@ class Comparison:
         for metric, estimate in summary.items():
             row[metric] = estimate.value
             row[f"{metric}_ci95"] = [estimate.low, estimate.high]
+        useful = summary["offline_ideal_s_per_instance_s"]
+        shares = [value / bound if bound > 0 else math.nan for value in (useful.value, useful.low, useful.high)]
+        row |= {"useful_bound": bound, "share_of_bound": shares[0], "share_of_bound_ci95": shares[1:]}
         return row
 
     def difference(self, ours: str, theirs: str, metric: str = "offline_ideal_s_per_instance_s") -> Estimate:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from ooco_gym.cluster.control import KNOBS, Knob
 from ooco_gym.cluster.outcome import FEASIBLE_VIOLATION_RATE
 from ooco_gym.cluster.telemetry import Telemetry
+from ooco_gym.evaluation.aggregate import Results, performance_profile
 
 #: One colour per policy wherever it appears (Okabe-Ito, safe for colour-blind readers).
 _COLOURS = {
@@ -23,8 +25,19 @@ _COLOURS = {
     "ooco": "#0072B2",
     "ppo-untrained": "#56B4E9",
     "ppo": "#009E73",
+    "slack-ooco": "#3B9AB2",
+    "ooco-report": "#7FB2D5",
+    "tuned-ooco": "#C6A5D6",
+    "tuned-global": "#CC79A7",
+    "tuned-all": "#882255",
+    "vllm-priority": "#B8A100",
+    "hygen": "#117733",
+    "conserve": "#66A61E",
+    "dedicated-split": "#555555",
+    "arrow": "#A6761D",
 }
-_OTHERS = ("#CC79A7", "#F0E442", "#000000")
+#: For policies of one's own: by name, so that a policy keeps its colour from figure to figure.
+_OTHERS = ("#CC79A7", "#8C6BB1", "#A65628", "#F781BF", "#1B9E77", "#000000")
 
 
 def colour(policy: str) -> str:
@@ -84,6 +97,55 @@ def _comparison_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("online SLO violations [%]")
     axis.set_ylabel("offline output [tokens/s]")
     axis.legend(fontsize=7, loc="lower right")
+
+
+def plot_scores(results: Results, path: Path) -> Path:
+    """A panel per scenario: score of every policy with its interval, hollow where it misses the online objectives."""
+    scores, draws = results.scores(), results.draws(500)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    columns = min(len(results.scenarios), 5)
+    lines = -(-len(results.scenarios) // columns)
+    figure = _figure(1.2 + 2.2 * columns, 0.6 + lines * (0.5 + 0.17 * len(results.policies)))
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    heights = np.arange(len(results.policies))[::-1]
+    for axis in list(axes.flat)[len(results.scenarios) :]:
+        axis.set_visible(False)
+    for column, (axis, name) in enumerate(zip(axes.flat, results.scenarios, strict=False)):
+        for row, policy in enumerate(results.policies):
+            value, tint = 100 * scores[row, column], colour(policy)
+            axis.plot([100 * low[row, column], 100 * high[row, column]], [heights[row]] * 2, color=tint, linewidth=1.5)
+            kept = scores[row, column] > 0
+            axis.plot(value, heights[row], "o", color=tint, markersize=4, markerfacecolor=tint if kept else "none")
+        axis.set_title(name, fontsize=8)
+        axis.set_xlim(-4, 104)
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.5)
+    axes[0, 0].set_yticks(heights, results.policies)
+    figure.supxlabel(
+        "useful offline work [% of the upper bound]; hollow at 0: nothing useful or SLOs missed", fontsize=8
+    )
+    return _save(figure, path)
+
+
+def plot_profiles(results: Results, path: Path) -> Path:
+    """Share of scenarios on which a policy scores more than x, with 95 % bands."""
+    thresholds = np.linspace(0.0, 1.0, 101)
+    shares, low, high = performance_profile(results, thresholds)
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    styles = ("-", "--", ":", "-.")
+    for row, policy in enumerate(results.policies):
+        axis.plot(
+            100 * thresholds, 100 * shares[row], styles[row % 4], color=colour(policy), label=policy, linewidth=1.3
+        )
+        axis.fill_between(
+            100 * thresholds, 100 * low[row], 100 * high[row], color=colour(policy), alpha=0.12, linewidth=0
+        )
+    axis.set(xlabel="score: useful offline work [% of the upper bound]", ylabel="scenarios with a higher score [%]")
+    axis.set_xlim(0, 100)
+    axis.set_ylim(-2, 102)
+    axis.legend(fontsize=7, ncols=2)
+    return _save(figure, path)
 
 
 def _knob_axis(axis: Axes, knob: Knob) -> None:

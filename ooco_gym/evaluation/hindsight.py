@@ -1,9 +1,12 @@
 """Headroom: what a scheduler could gain by changing its knobs with the cluster's state.
 
-An episode is cut into windows. At the start of each, every candidate knob vector is tried from the same snapshot and
-the best is kept: a scheduler that sees one window ahead and forgets what comes later. What it gains over the best
-constant is a lower bound on what state is worth to an all-knowing scheduler with these knobs, and a generous estimate
-of what a learned one can hope for.
+An episode is cut into windows. At the start of each, every candidate knob vector is tried from the same snapshot, for
+the window and then the first candidate to the end, and the best is kept for the window: one step of policy improvement
+by rollout (Bertsekas, Tesauro), with the future known, so it is never worse than the first candidate. A choice that
+looked at its own window alone would live on credit: it leaves work half done and queues full, and loses to the
+constant it started from (by 0.4 points on the default scenario). What is gained over the first candidate is a lower
+bound on what state is worth to an all-knowing scheduler with these knobs, and a generous estimate of what a learned one
+can hope for.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gain:
-    """Reward of an episode per instance-second (useful share - price x violation rate): the best constant among the
-    candidates, the first candidate, and the best one per window."""
+    """Reward of an episode per instance-second (useful share - price x violation rate): the first candidate held
+    throughout, and the best one per window."""
 
     first: float
     hindsight: float
@@ -43,7 +46,8 @@ def windowed_hindsight(
         until_s = min(simulator.now_s + window_s, scenario.horizon_s)
         rewards = []
         for candidate in candidates:
-            rewards.append(_window(simulator, scenario, candidate, until_s, price))
+            reward = _window(simulator, scenario, candidate, until_s, price)
+            rewards.append(reward + _window(simulator, scenario, candidates[0], scenario.horizon_s, price))
             simulator.restore(start)
         best = int(np.argmax(rewards))
         total += _window(simulator, scenario, candidates[best], until_s, price)

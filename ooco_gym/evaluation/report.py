@@ -23,10 +23,11 @@ _COLUMNS = (
     ("offline\ntokens/s", "offline_output_tokens_per_s", 1.0, 0, True),
     ("offline\nrequests/s", "offline_requests_per_s", 1.0, 2, False),
     ("useful\n%", "offline_ideal_s_per_instance_s", 100.0, 1, True),
+    ("of bound\n%", "share_of_bound", 100.0, 1, False),
     ("wasted\n%", "wasted_fraction", 100.0, 1, False),
 )
 MANY_REJECTED = 0.01
-WIDE = 140  # characters that all columns need
+WIDE = 150  # characters that all columns need
 _NARROW = 96  # below this there is no room for intervals either
 
 
@@ -61,7 +62,12 @@ def print_comparison(console: Console, rows: Sequence[Row], title: str) -> None:
         console.print("[yellow]no online request was counted in these episodes[/yellow]: raise episode_s or the rate")
     console.print(
         "[dim]95 % bootstrap intervals over paired episodes. useful: finished offline work in ideal seconds per "
-        "instance-second; wasted: busy time lost to interruption and recomputation.[/dim]"
+        "instance-second; wasted: busy time lost to interruption and recomputation"
+        + (
+            f"; no scheduler can do more than {100 * rows[0]['useful_bound']:.1f} % useful.[/dim]"
+            if rows
+            else ".[/dim]"
+        )
     )
     for key, what in (("rejected_online", "online"), ("rejected_offline", "offline")):
         rejected = max((row[key] for row in rows), default=0)

@@ -13,10 +13,12 @@ from typing import Any
 from ooco_gym import presets
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.admission import Admission, admit
+from ooco_gym.policy import ConstantPolicy
 from ooco_gym.scenario import build_scenario
 from ooco_gym.workload.sources import ROLES, Role
 
 _OWN_KEYS = ("role", "load")
+_DEPLOYMENT = ("model", "hardware", "cluster", "slo", "cost")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,36 @@ class Entry:
     load: float
     config: Mapping[str, Any]
 
+    @property
+    def deployment(self) -> str:
+        """What an operator fixes before any request comes: scenarios with the same words share tuned constants."""
+        said = [f"{group}={_words(self.config[group])}" for group in _DEPLOYMENT if group in self.config]
+        return " ".join(said) or "default"
+
     def admitted(self, **settings: Any) -> Admission:
         """Built with ``settings`` (episode_s, data_dir, ...) over the entry's config, at ``load`` times the admitted
         rate. Raises OocoError where a trace is not at hand or the admission rule fails."""
         admission = admit(build_scenario({**self.config, **settings}))
         scale = admission.rate_scale * self.load
         return Admission(admission.scenario.with_rate_scale(scale), scale, admission.violation_rate)
+
+
+def tuned_policy(tuned: str, level: str, deployment: str) -> ConstantPolicy:
+    """The constants that ``conf/tuned/NAME.yaml`` holds for a deployment; one vector for all where level is
+    tuned-global. Raises OocoError where it has none."""
+    table = presets.load("tuned", tuned).get(level, {})
+    knobs = table if level == "tuned-global" else table.get(deployment)
+    if not knobs:
+        raise OocoError(
+            f"tuned '{tuned}': no {level} for the deployment '{deployment}'; known are {'; '.join(map(str, table))}"
+        )
+    return ConstantPolicy(level, {}, knobs, f"constants tuned on training scenarios ({tuned})")
+
+
+def _words(choice: Any) -> str:
+    if isinstance(choice, Mapping):
+        return "{" + ",".join(f"{key}:{value}" for key, value in choice.items()) + "}"
+    return str(choice)
 
 
 def load_suite(name: str, *roles: Role) -> list[Entry]:

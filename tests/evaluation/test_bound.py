@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import baselines
+from ooco_gym.errors import OocoError
 from ooco_gym.evaluation import episode_seeds, run_episodes
 from ooco_gym.evaluation.bound import Work, cheapest_cost, instance_seconds, offline_bound
+from ooco_gym.evaluation.suite import load_suite, tuned_policy
 from ooco_gym.policy import ConstantPolicy
 from ooco_gym.roofline.cost import causal_pairs, iteration_s
 from ooco_gym.scenario import build_scenario
@@ -66,6 +68,21 @@ def test_no_policy_exceeds_it(config):
         useful = np.mean([outcome.offline_ideal_s_per_instance_s for outcome in outcomes])
         assert useful <= bound.useful, policy.name
     assert 0.2 < bound.useful < 2.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", load_suite("v1"), ids=lambda entry: entry.name)
+def test_no_policy_exceeds_it_in_the_suite(entry):
+    try:
+        scenario = entry.admitted(episode_s=240.0).scenario
+    except OocoError as error:
+        pytest.skip(str(error))
+    bound = offline_bound(scenario, SEEDS)
+    tuned = [tuned_policy("v1", level, entry.deployment) for level in ("tuned-ooco", "tuned-all", "tuned-global")]
+    for policy in [*(baselines.load(name) for name in baselines.known()), GREEDY, *tuned]:
+        outcomes = run_episodes(policy, scenario, SEEDS)
+        useful = np.mean([outcome.offline_ideal_s_per_instance_s for outcome in outcomes])
+        assert useful <= bound.useful, policy.name
 
 
 def test_it_grows_with_the_cluster_and_shrinks_with_the_load():

@@ -1,4 +1,4 @@
-"""Windowed hindsight: never below its first candidate by much, equal to it alone, and repeatable."""
+"""Windowed hindsight: never below its first candidate, equal to it alone, and repeatable."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,18 @@ def test_choosing_per_window_beats_the_first_candidate_and_is_repeatable():
     gain = windowed_hindsight(SCENARIO, 3, [ooco_knobs(), PATIENT], window_s=30.0)
     assert gain.hindsight > gain.first and gain.switches >= 1
     assert gain == windowed_hindsight(SCENARIO, 3, [ooco_knobs(), PATIENT], window_s=30.0)
-    alone = windowed_hindsight(SCENARIO, 3, [PATIENT], window_s=30.0)
-    assert gain.hindsight > alone.first - 0.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_never_worse_than_the_first_candidate(seed):
+    others = [
+        knobs_from_mapping(each) for each in ({}, {"strict_share": -0.25}, {"gate_batch": 4.0, "tpot_bound": 0.5})
+    ]
+    gain = windowed_hindsight(SCENARIO, seed, [PATIENT, *others], window_s=20.0)
+    assert gain.hindsight >= gain.first - 1e-12
 
 
 def test_the_reward_is_the_environments():
-
     env = ClusterVectorEnv(1, SCENARIO, autoreset_mode="Disabled")
     env.reset(seed=5)
     rewards = [env.step(ooco_action()[None])[1][0] for _ in range(120)]

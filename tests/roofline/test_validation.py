@@ -6,21 +6,19 @@ are what they claim to be, that fits without a model predict it, and that the pr
 
 import csv
 import gzip
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import measured_iterations as measured
 import numpy as np
 import pytest
+import roofline_validation as validation
 
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import resolve_hardware
 from ooco_gym.roofline.calibrate import errors, fit, from_two_numbers, predict_s, terms
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments"))
-import measured_iterations as measured  # noqa: E402
-import roofline_validation as validation  # noqa: E402
 
 FOLDER = ROOT.parent / "shared" / "data" / "measured"
 needs_data = pytest.mark.skipif(

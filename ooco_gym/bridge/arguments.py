@@ -1,0 +1,64 @@
+"""Command lines of the form ``COMMAND PATH... key=value...``, and mistakes in them told in one sentence.
+
+Values are taken as they are written: most are names of files, and a folder called 007 or null is none other.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from ooco_gym.errors import OocoError
+
+Command = Callable[[list[str]], int]
+
+
+def parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Paths, and ``key=value`` settings among ``known``; raises OocoError on any other, empty or repeated setting.
+
+    What has a '/' before its first '=' is a path.
+    """
+    paths: list[str] = []
+    settings: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or "/" in key:
+            paths.append(argument)
+            continue
+        if key not in known:
+            raise OocoError(f"unknown setting '{key}': known are {', '.join(known)}; --help explains them")
+        if not value or key in settings:
+            raise OocoError(f"{key}= is given {'twice' if key in settings else 'no value'}, {key}=VALUE is needed once")
+        settings[key] = value
+    return paths, settings
+
+
+def choice(settings: Mapping[str, str], key: str, choices: Sequence[str]) -> str:
+    """One of ``choices``, the first where the setting is absent; raises OocoError otherwise."""
+    value = settings.get(key, choices[0])
+    if value not in choices:
+        raise OocoError(f"{key} is '{value}', accepted are {', '.join(choices)}")
+    return value
+
+
+def command(usage: str) -> Callable[[Command], Command]:
+    """A command that prints ``usage`` when asked, and a user's mistake as one sentence with status 2."""
+
+    def decorate(run: Command) -> Command:
+        @functools.wraps(run)
+        def guarded(arguments: list[str]) -> int:
+            if not arguments or {"-h", "--help"} & set(arguments):
+                print(usage.strip())
+                return 0 if arguments else 2
+            try:
+                return run(arguments)
+            except OocoError as error:
+                print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+            except OSError as error:
+                print(f"error: {error.filename or 'disk'}: {error.strerror or error}", file=sys.stderr)
+            return 2
+
+        return guarded
+
+    return decorate
