@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ooco_gym.bridge.__main__ import settings as parse_settings
 from ooco_gym.errors import OocoError
 
-#: Name of a part -> module beside this file whose ``run(settings, console)`` returns its results.
+#: Name of a part -> module beside this file whose ``run(settings, console)`` returns its results; its ``DEFAULTS`` are
+#: further settings.
 PARTS: dict[str, str] = {"overhead": "bridge_bench"}
 DEFAULTS: dict[str, Any] = {
     "parts": ["overhead"],
@@ -241,6 +242,11 @@ def serve_fake_upstream() -> None:
     ).run()
 
 
+def _module(part: str) -> Any:
+    name = PARTS[part]
+    return sys.modules[__name__] if name == "bridge_bench" else importlib.import_module(name)
+
+
 def main(arguments: list[str]) -> int:
     if arguments == ["--fake-upstream"]:
         serve_fake_upstream()
@@ -251,20 +257,24 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         given = parse_settings(arguments)
-        unknown = sorted(set(given) - set(DEFAULTS))
-        if unknown:
-            raise OocoError(f"unknown setting '{unknown[0]}': known are {', '.join(DEFAULTS)}")
-        settings = {**DEFAULTS, **given}
-        wrong = [part for part in settings["parts"] if part not in PARTS]
+        parts = given.get("parts", DEFAULTS["parts"])
+        wrong = [part for part in parts if part not in PARTS]
         if wrong:
             raise OocoError(f"unknown part '{wrong[0]}': known are {', '.join(PARTS)}")
+        modules = {part: _module(part) for part in parts}
+        settings = dict(DEFAULTS)
+        for module in modules.values():
+            settings |= module.DEFAULTS
+        unknown = sorted(set(given) - set(settings))
+        if unknown:
+            raise OocoError(f"unknown setting '{unknown[0]}': known are {', '.join(settings)}")
+        settings |= given
         console = Console() if sys.stdout.isatty() else Console(width=120)
         folder = Path(settings["out"])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "results.json"
         results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        for part in settings["parts"]:
-            module = importlib.import_module(PARTS[part]) if PARTS[part] != "bridge_bench" else sys.modules[__name__]
+        for part, module in modules.items():
             outcome = module.run(settings, console)
             machine = {"cores": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()}
             results[part] = {"settings": settings, "machine": machine, "results": outcome}

@@ -67,6 +67,16 @@ class _Thread:
         return future
 
 
+def _open_log(path: str | None) -> IO[str] | None:
+    if path is None:
+        return None
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return Path(path).open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise OocoError(f"decision_log {path}: cannot be written ({error.strerror or error})") from None
+
+
 @dataclass(frozen=True)
 class Decision:
     """One decision: what was seen, what was decided, and by whom."""
@@ -102,24 +112,25 @@ class Control:
         self.decisions = self.fallbacks = 0
         self._knobs = dict(zip(KNOB_NAMES, ooco_knobs().tolist(), strict=True))
         self._thread = _Thread("ooco-policy")
-        self._log: IO[str] | None = None
+        self._log: IO[str] | None = _open_log(config.decision_log)
 
     async def run(self) -> None:
         """Decide every interval until cancelled."""
-        if self.config.decision_log is not None:
-            path = Path(self.config.decision_log)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = path.open("a", encoding="utf-8", buffering=1)
         try:
             self.scheduler.placement.rules.update(self.policy.rules)
-            self.policy.reset()
+            try:
+                self.policy.reset()
+            except Exception:  # a policy may raise anything
+                log.exception("policy could not be reset", extra={"policy": self.policy.name})
             loop = asyncio.get_running_loop()
             due = loop.time()
             while True:
                 try:
                     await self.step()
-                except OSError as error:
-                    log.error("decision log", extra={"why": str(error)})
+                except Exception:  # a full disk under the log, or a defect: serve on as the paper would
+                    log.exception("control step failed")
+                    if not self.config.dry_run:
+                        self.scheduler.apply(dict(zip(KNOB_NAMES, ooco_knobs().tolist(), strict=True)))
                 due = max(due + self.config.control_interval_s, loop.time())
                 await asyncio.sleep(due - loop.time())
         finally:

@@ -256,8 +256,9 @@ class Scheduler:
         finally:
             self.forwarder.leave(request)
             self._interactive.pop(request, None)
-            with suppress(ValueError):
-                self.backlog.remove(request)
+            if request.grant.cancelled() or not request.grant.done():  # else it is not in the backlog
+                with suppress(ValueError):
+                    self.backlog.remove(request)
             if how:
                 self.ledger.ended(request, how)
             self.wake()
@@ -340,6 +341,8 @@ class Scheduler:
         return False
 
     def _grant(self, request: Request, instance: Instance, decoder: Instance | None = None) -> None:
+        if request.grant.done():
+            return  # its task was cancelled and has not run since
         if not request.restarts:
             self.ledger.taken(request)
         if decoder is not None:
@@ -409,10 +412,14 @@ def most_tokens(payload: Mapping[str, Any]) -> int | None:
 
 
 def is_single(payload: Mapping[str, Any]) -> bool:
-    """One prompt and one answer."""
+    """One prompt and one answer that may be cut after its first token, as a hand-over of KV needs it.
+
+    An engine that has to call a tool refuses to be cut: the one token is no complete call.
+    """
     prompt = payload.get("prompt")
     several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    return not several and payload.get("n", 1) in (1, None) and payload.get("best_of", 1) in (1, None)
+    forced = payload.get("tool_choice") not in (None, "auto", "none")
+    return not (several or forced) and payload.get("n", 1) in (1, None) and payload.get("best_of", 1) in (1, None)
 
 
 def _error_answer(status: int, message: str) -> Answer:

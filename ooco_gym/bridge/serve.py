@@ -8,13 +8,14 @@ second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -27,11 +28,13 @@ from ooco_gym.bridge.enforcement import not_enforced
 from ooco_gym.bridge.gateway import Gateway
 from ooco_gym.bridge.instances import Instance, make_session
 from ooco_gym.bridge.ledger import Ledger
+from ooco_gym.bridge.live_telemetry import read
 from ooco_gym.bridge.metrics import exporter
 from ooco_gym.bridge.placement import LOOKAHEAD
 from ooco_gym.bridge.prediction import Prediction
 from ooco_gym.bridge.scheduler import Scheduler
 from ooco_gym.bridge.status import page, status
+from ooco_gym.cluster.observation import observe
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import ConstantPolicy, Policy
 
@@ -52,6 +55,7 @@ class Bridge:
         self._store: Any = None
         self.control = Control(config, self.scheduler, policy, self.stored)
         self.notes = not_enforced(config, policy.rules)
+        observe(read(self.scheduler, self.scheduler.placement.knobs))  # compiled before the first decision is timed
         metrics = exporter(self.scheduler, self.control, self.stored)
         self.gateway = Gateway(config, self.scheduler, self.control, metrics, lambda: status(self), page())
         self._tasks: list[asyncio.Task[None]] = []
@@ -121,12 +125,14 @@ class Bridge:
     async def _probe_forever(self, instance: Instance) -> None:
         while True:
             await asyncio.sleep(self.config.scrape_interval_s)
-            await self._probe(instance)
+            with _survived("probe failed"):
+                await self._probe(instance)
 
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            self.scheduler.sweep()
+            with _survived("sweep failed"):
+                self.scheduler.sweep()
 
     def begin_shutdown(self) -> None:
         """Refuse new requests, give offline work up, and end the rest after timeouts.drain_s."""
@@ -137,6 +143,15 @@ class Bridge:
             self._runner_task.cancel()
         self.scheduler.begin_shutdown()
         asyncio.get_running_loop().call_later(self.config.timeouts.drain_s, self.scheduler.end_online)
+
+
+@contextmanager
+def _survived(event: str) -> Iterator[None]:
+    """A defect in one round of watching is logged, and the next round goes on."""
+    try:
+        yield
+    except Exception:
+        log.exception(event)
 
 
 def _report(task: asyncio.Task[None]) -> None:
@@ -237,6 +252,8 @@ def main(settings: Mapping[str, Any]) -> None:
     print(f"policy {policy.name}{' (dry run: nothing is enforced)' if config.dry_run else ''}", file=sys.stderr)
     for note in bridge.notes:
         print(f"note: {note}", file=sys.stderr)
+    gc.collect()
+    gc.freeze()  # the compiler's hundreds of thousands of objects: walking them again would stop streams for 100 ms
     server = make_server(bridge)
     server.on_started = lambda port: print(
         f"listening on http://{config.listen.host}:{port}", file=sys.stderr, flush=True

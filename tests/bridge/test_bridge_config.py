@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("starlette", reason="the bridge extra is not installed")
@@ -119,6 +122,15 @@ def test_command_line_mistakes_are_one_sentence(arguments, says, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {says}") and error.count("\n") == 1
+
+
+def test_serving_needs_no_torch_agents_or_baselines():
+    code = (
+        "import sys, ooco_gym.bridge.serve; "
+        "print([name for name in ('torch', 'agents', 'baselines', 'wandb') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_help_teaches(capsys):

@@ -15,9 +15,12 @@ pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
 from fake_upstream import FakeUpstream, upstreams
 from harness import config_for, gateway
 
+from ooco_gym.bridge.config import parse_config
+from ooco_gym.bridge.serve import Bridge
 from ooco_gym.cluster.control import KNOB_NAMES, check_rules, ooco_knobs
 from ooco_gym.cluster.observation import observe
 from ooco_gym.cluster.telemetry import Telemetry
+from ooco_gym.errors import OocoError
 
 GATE = KNOB_NAMES.index("gate_batch")
 
@@ -119,5 +122,30 @@ def test_decision_log_can_be_read_again(tmp_path):
         assert lines[-1]["knobs"]["gate_batch"] == 3.0
         assert Telemetry.from_dict(lines[-1]["telemetry"])["knob_gate_batch"] == 3.0  # its last decision
         assert Telemetry.from_dict(lines[0]["telemetry"])["knob_gate_batch"] == 1.0
+
+    run(scenario())
+
+
+def test_log_that_cannot_be_written_is_told_at_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = parse_config(
+        {
+            "instances": [{"url": "http://127.0.0.1:1", "role": "relaxed"}],
+            "decision_log": str(tmp_path / "file" / "log"),
+        }
+    )
+    with pytest.raises(OocoError, match=r"^decision_log .* cannot be written"):
+        Bridge(config, Moody())
+
+
+def test_a_defect_in_a_step_does_not_end_the_loop(monkeypatch):
+    async def scenario():
+        async with upstreams(FakeUpstream()) as (fake,), gateway(config_for([fake]), Moody()) as client:
+            placement = client.scheduler.placement
+            await client.until(lambda: placement.knobs["gate_batch"] == 3.0)
+            with monkeypatch.context() as patch:
+                patch.setattr("ooco_gym.bridge.control.read", lambda *_: 1 / 0)
+                await client.until(lambda: placement.knobs["gate_batch"] == 1.0)
+            await client.until(lambda: placement.knobs["gate_batch"] == 3.0)
 
     run(scenario())

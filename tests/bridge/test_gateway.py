@@ -35,6 +35,7 @@ def test_answers_are_those_of_a_direct_call():
                         assert mine[2]["Content-Type"] == direct[2]["Content-Type"]
                         assert mine[2]["X-Request-Id"] == "abc-1"
                         assert (relaxed.bodies + strict.bodies).count(body) >= 2  # forwarded unchanged
+                assert client.totals.online_output_tokens == 4 * 8  # counted by events, or as the engine says
 
     run(scenario())
 

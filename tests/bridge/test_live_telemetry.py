@@ -242,6 +242,31 @@ def test_usage_between_scrapes_follows_the_log():
     assert instance.kv_usage() == pytest.approx(0.4)
 
 
+def test_first_tokens_in_the_metrics_are_those_of_streams_of_ended_requests_and_then_of_the_oldest():
+    world = World()
+    instance: Instance = world.scheduler.instances[0]
+
+    def scrape(first_tokens):
+        instance.take_scrape(Scrape(world.clock.now, 0, 0, 0.0, first_tokens))
+
+    older, newer = world.arrive(10, online=False, stream=False), world.arrive(20, online=False, stream=False)
+    stream = world.arrive(30)
+    scrape(5.0)
+    for request in (older, newer, stream):
+        world.send(request, 0)
+    world.ledger.token(stream, 1)
+    instance.first_streamed += 1  # as a relayed stream does
+    scrape(6.0)
+    assert (older.phase, newer.phase) == (PREFILL, PREFILL)  # the one new first token was the stream's
+    instance.blind_ended += 1  # as an unstreamed answer does
+    scrape(8.0)
+    assert (older.phase, newer.phase) == (DECODE, PREFILL)
+    scrape(2.0)  # the engine was started again
+    assert newer.phase == PREFILL
+    scrape(3.0)
+    assert newer.phase == DECODE
+
+
 def test_parse_scrape_reads_vllm_and_says_what_is_missing():
     page = """# HELP vllm:num_requests_running x
 vllm:num_requests_running{engine="0",model_name="a"} 2.0

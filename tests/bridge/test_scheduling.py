@@ -82,6 +82,24 @@ def test_preempted_prefill_is_restarted_and_answers_as_if_nothing_had_happened(s
     run(scenario())
 
 
+def test_preempted_requests_return_to_the_head_of_the_backlog_in_order():
+    async def scenario():
+        fake = FakeUpstream(prefill_s_per_token=0.01, max_num_seqs=2)
+        async with upstreams(fake), gateway(config_for([fake])) as client:
+            tasks = []
+            for name in ("a", "b", "c", "d"):
+                tasks.append(send(client, OFFLINE, prompt=name * 20))
+                await client.until(lambda: len(client.scheduler.backlog) + fake.running == len(tasks))
+            await client.until(lambda: len(fake.log) == 2)
+            tasks.append(send(client, PROMPT, prompt="online", stream=True))
+            await client.until(lambda: client.totals.preemptions == 2)
+            assert [request.payload["prompt"][0] for request in client.scheduler.backlog] == ["a", "b", "c", "d"]
+            await asyncio.gather(*tasks)
+            assert [entry["payload"]["prompt"][0] for entry in fake.log] == list("aboabcd")
+
+    run(scenario())
+
+
 def test_patient_slack_does_not_interrupt():
     async def scenario():
         fake = FakeUpstream(prefill_s_per_token=0.01)
@@ -270,6 +288,20 @@ def test_failed_hand_over_is_computed_again():
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    "extra", [{"n": 2}, {"prompt": ["a", "b"]}, {"tool_choice": "required"}, {"max_tokens": 1}, {"best_of": 2}]
+)
+def test_what_cannot_be_handed_over_is_served_whole(extra):
+    async def scenario():
+        relaxed, strict = FakeUpstream(connector=True), FakeUpstream(connector=True)
+        async with upstreams(relaxed, strict):
+            async with gateway(config_for([relaxed], [strict], connector="nixl")) as client:
+                assert await client.text({**PROMPT, **extra})
+                assert client.totals.handovers == 0 and len(relaxed.log) + len(strict.log) == 1
+
+    run(scenario())
+
+
 def test_offline_requests_are_handed_over_where_a_strict_instance_pulls():
     async def scenario():
         relaxed, strict = FakeUpstream(connector=True), FakeUpstream(connector=True)
@@ -331,6 +363,25 @@ def test_job_that_was_preempted_can_still_be_cancelled():
                 await job
             assert not client.scheduler.backlog
             await online
+
+    run(scenario())
+
+
+def test_many_waiting_jobs_cancelled_at_once_leave_nothing_behind():
+    async def scenario():
+        fake = FakeUpstream(decode_s=0.05, max_num_seqs=2)
+        async with upstreams(fake), gateway(config_for([fake])) as client:
+            scheduler, load = client.scheduler, client.scheduler.instances[0].load
+            payload = {**PROMPT, "max_tokens": 100}
+            jobs = [asyncio.create_task(scheduler.complete("/v1/completions", payload, f"j{i}")) for i in range(20)]
+            await client.until(lambda: load.offline == 2 and len(scheduler.backlog) == 18)
+            scheduler.instances[0].max_seqs = 10  # there is room just when they go
+            for job in jobs:
+                job.cancel()
+            scheduler._pump()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            assert not scheduler.backlog and not load.requests and client.totals.offline_cancelled == 20
+            assert await client.text(OFFLINE) == "".join(fake.words(PROMPT, 8))
 
     run(scenario())
 
