@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +53,44 @@ def ask(server: Server, prompt_tokens: int, output_tokens: int, rng: random.Rand
     return time.perf_counter() - began
 
 
-def measure(server: Server, prompt_tokens: int = 512, long_tokens: int = 2048) -> Machine:
-    """Time lone requests on an idle server; ``prompt_tokens`` is the length that the TTFT objective refers to."""
+def measure(server: Server, prompt_tokens: int = 512, long_tokens: int = 2048, beside: Sequence[Server] = ()) -> Machine:
+    """Time lone requests on an idle server; ``prompt_tokens`` is the length that the TTFT objective refers to.
+
+    ``beside`` decode meanwhile, for servers that share cores: what a lone request needs there is what counts.
+    """
     rng = random.Random()  # unseeded: vLLM keeps the KV of prompts that it has seen
-    for tokens in (SHORT, long_tokens):  # the first ones warm the engine
-        ask(server, tokens, 8, rng)
+    for each in (server, *beside):
+        for tokens in (SHORT, long_tokens):  # the first ones warm the engine
+            ask(each, tokens, 8, rng)
 
     def median(prompt: int, output: int) -> float:
         return statistics.median(ask(server, prompt, output, rng) for _ in range(REPEATS))
 
-    short, usual, long = median(SHORT, 1), median(prompt_tokens, 1), median(long_tokens, 1)
-    tpot_s = max((median(SHORT, OUTPUT_TOKENS) - short) / (OUTPUT_TOKENS - 1), 1e-4)
+    with _decoding(beside):
+        short, usual, long = median(SHORT, 1), median(prompt_tokens, 1), median(long_tokens, 1)
+        tpot_s = max((median(SHORT, OUTPUT_TOKENS) - short) / (OUTPUT_TOKENS - 1), 1e-4)
     return Machine(usual, tpot_s, max(long - short, 1e-4), prompt_tokens, long_tokens)
+
+
+@contextmanager
+def _decoding(neighbours: Sequence[Server]) -> Iterator[None]:
+    """Each of these servers decodes one sequence after the other until the block ends."""
+    over = threading.Event()
+
+    def work(server: Server) -> None:
+        rng = random.Random()
+        while not over.is_set():
+            ask(server, SHORT, OUTPUT_TOKENS, rng)
+
+    threads = [threading.Thread(target=work, args=(server,)) for server in neighbours]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def scenario(machine: Machine, model: Path, engine: Engine, workload: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -117,6 +117,12 @@ class Server:
                 found[name] += float(line.rsplit(" ", 1)[1])
         return [found[name] for name in names]
 
+    def counter(self, name: str, label: str = "") -> float:
+        """One metric, summed over those of its lines that contain ``label``."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=10.0) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name) and label in line)
+
     def load(self) -> tuple[int, int]:
         """Requests that a vLLM server runs, and that wait in it."""
         running, waiting = self.metrics("vllm:num_requests_running", "vllm:num_requests_waiting")

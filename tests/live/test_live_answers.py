@@ -91,8 +91,10 @@ def test_a_refusal_in_a_stream_becomes_an_http_error(python, model, front, tmp_p
 
         async def scene():
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                busy = [asyncio.create_task(send(session, small.url, completion(f"busy {index}", 3000))) for index in range(2)]
-                await until(small.load, (1, 1), busy)
+                busy = []
+                for load in ((1, 0), (1, 1)):  # one by one: both at once would be one too many
+                    busy.append(asyncio.create_task(send(session, small.url, completion(f"busy {load}", 3500))))
+                    await until(small.load, load, busy)
                 direct = await send(session, small.url, completion("refused", 8, stream=True))
                 refused = await send(session, gateway.url, completion("refused", 8, stream=True))
                 flex = asyncio.create_task(send(session, gateway.url, completion("patient", 8, service_tier="flex")))
