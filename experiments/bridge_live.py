@@ -1,22 +1,23 @@
-"""An online request behind long offline work on real vLLM: the gateway's abort-and-retry against stock priority scheduling.
+"""An online request behind long offline work on real vLLM: the gateway's abort-and-retry against stock priorities.
 
     python experiments/bridge_live.py                            three arms, two cases, five repeats; about five minutes
     python experiments/bridge_live.py --repeats 3 --cases prefill --out runs/mine
 
-One vLLM server (CPU, tiny random model, loopback) serves every arm, one after the other in each repeat, so that the engine,
-its settings and the machine are the same:
+One vLLM server (CPU, tiny random model, loopback) serves every arm, one after the other in each repeat, so that the
+engine, its settings and the machine are the same:
 
   idle             the online request alone: what it needs
-  stock priority   the server runs with --scheduling-policy priority; the offline requests carry priority 10, the online 0
-  gateway          the same requests through the gateway with policy ooco, offline ones with service_tier flex; it gives the
-                   engine no priorities, it aborts what is in the way and runs it again later
+  stock priority   the server runs with --scheduling-policy priority; offline requests carry priority 10, online ones 0
+  gateway          the same requests through the gateway with policy ooco, offline ones with service_tier flex; it gives
+                   the engine no priorities, it aborts what is in the way and runs it again later
 
-  decodes          four long offline decodes take all seats of the batch (--max-num-seqs 4). Stock priority preempts only when
-                   a running request finds no KV, so the arrival waits until one of them ends
-  prefill          one long offline prompt, computed in chunks that take the whole iteration; the arrival waits for its end
+  decodes          four long offline decodes take all seats of the batch (--max-num-seqs 4). Stock priority preempts
+                   only when a running request finds no KV, so the arrival waits until one of them ends
+  prefill          one long offline prompt, computed in chunks that take the whole iteration; the arrival waits for its
+                   end
 
-TTFT is measured at the client, from sending to the first token. The table has medians of the repeats and results.json has
-every value. In the last repeat the gateway's offline requests run to their end, to show that what was aborted is finished.
+TTFT is measured at the client, from sending to the first token. The table has medians and all values, and results.json
+has them in seconds. In the last repeat the gateway's offline requests run to their end: what was aborted is finished.
 Needs vLLM's environment: `python examples/live_cpu/setup_vllm.py`, or OOCO_VLLM_PYTHON.
 """
 
@@ -73,7 +74,9 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
             engine = started["vllm"]
             machine = deployment.measure(engine, chosen["online_tokens"], 4096)
             scenario = deployment.scenario(machine, model, ENGINE)
-            path = servers.write_cluster(folder / "cluster.yaml", [(engine, "relaxed")], scenario, scrape_interval_s=0.1)
+            path = servers.write_cluster(
+                folder / "cluster.yaml", [(engine, "relaxed")], scenario, scrape_interval_s=0.1
+            )
             with servers.gateway(path, "ooco", folder / "gateway.log") as front:
                 bench = Bench(engine, front, chosen, console)
                 values = asyncio.run(bench.measure())
@@ -85,7 +88,10 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
 def table(values: Mapping[str, Mapping[str, Sequence[float]]], settings: Mapping[str, Any]) -> Table:
     """Medians and all values of each case and arm."""
-    shown = Table(title=f"TTFT of an online request ({settings['online_tokens']} prompt tokens), milliseconds", title_justify="left")
+    shown = Table(
+        title=f"TTFT of an online request ({settings['online_tokens']} prompt tokens), milliseconds",
+        title_justify="left",
+    )
     for column in ("behind", "arm", "median", "all values"):
         shown.add_column(column, justify="left" if column in ("behind", "arm") else "right")
     said = {"decodes": f"{SEATS} offline decodes of {settings['decode_tokens']:,} tokens",
@@ -154,11 +160,20 @@ class Bench:
 
     def _body(self, prompt_tokens: int, output_tokens: int, **more: Any) -> dict[str, Any]:
         prompt = [self.rng.randrange(256) for _ in range(prompt_tokens)]
-        return {"model": MODEL, "prompt": prompt, "max_tokens": output_tokens, "ignore_eos": True, "temperature": 0.0, **more}
+        return {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": output_tokens,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            **more,
+        }
 
     async def _whole(self, session: aiohttp.ClientSession, base: str, body: Mapping[str, Any]) -> int:
         """Output tokens of an answer that is not streamed."""
-        async with session.post(f"{base}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=600)) as answer:
+        async with session.post(
+            f"{base}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=600)
+        ) as answer:
             content = await answer.json()
             if answer.status != 200:
                 raise OocoError(f"offline request: HTTP {answer.status}: {content}")
@@ -170,7 +185,9 @@ class Bench:
             body["priority"] = priority
         began = time.perf_counter()
         first_s = 0.0
-        async with session.post(f"{base}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=600)) as answer:
+        async with session.post(
+            f"{base}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=600)
+        ) as answer:
             if answer.status != 200:
                 raise OocoError(f"online request: HTTP {answer.status}: {await answer.text()}")
             async for line in answer.content:
@@ -199,14 +216,25 @@ class Bench:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULTS["cases"], help="what the online request finds (all)")
-    for name, what in (("repeats", "of every case and arm"), ("decode_tokens", "output of each offline decode"),
-                       ("long_prompt_tokens", "of the offline prefill"), ("online_tokens", "prompt of the online request")):  # fmt: skip
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=DEFAULTS[name], help=f"{what} ({DEFAULTS[name]})")
-    parser.add_argument("--out", type=Path, default=Path("runs/bridge_live"), help="folder of results.json (runs/bridge_live)")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=DEFAULTS["cases"], help="what the online request finds (all)"
+    )
+    said = {
+        "repeats": "of every case and arm",
+        "decode_tokens": "output of each offline decode",
+        "long_prompt_tokens": "of the offline prefill",
+        "online_tokens": "prompt of the online request",
+    }
+    for name, what in said.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=DEFAULTS[name], help=f"{what} ({DEFAULTS[name]})"
+        )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bridge_live"), help="folder of results.json (runs/bridge_live)"
+    )
     arguments = vars(parser.parse_args())
     out: Path = arguments.pop("out")
-    for name in ("repeats", "decode_tokens", "long_prompt_tokens", "online_tokens"):
+    for name in said:
         if arguments[name] < 1:
             parser.error(f"--{name.replace('_', '-')} is {arguments[name]}, a whole number of at least 1 is needed")
     if max(arguments["long_prompt_tokens"], arguments["decode_tokens"] + 64) + 16 > ENGINE.context:
@@ -222,7 +250,9 @@ def main() -> int:
         return 130
     out.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()}
-    write_json(out / "results.json", {"live": {"settings": {**DEFAULTS, **arguments}, "machine": machine, "results": results}})
+    write_json(
+        out / "results.json", {"live": {"settings": {**DEFAULTS, **arguments}, "machine": machine, "results": results}}
+    )
     console.print(f"results in {out / 'results.json'}")
     return 0
 

@@ -1,10 +1,10 @@
 """What this machine can do, measured, as the scenario that the gateway predicts with.
 
 Telemetry and placement speak in predicted seconds, so the gateway needs a model and a device that fit what it really
-drives. Two numbers describe a small model on a CPU well enough: what an iteration costs before any token is counted (the
-engine's own work, measured as the time per output token of a lone request), and how many FLOP/s a prompt gets (measured
-as the difference between a long and a short one). Objectives are multiples of what a lone request needs, the multiples of
-conf/slo/medium.yaml.
+drives. Two numbers describe a small model on a CPU well enough: what an iteration costs before any token is counted
+(the engine's own work, measured as the time per output token of a lone request), and how many FLOP/s a prompt gets
+(measured as the difference between a long and a short one). Objectives are multiples of what a lone request needs,
+those of conf/slo/medium.yaml, unless the caller knows better.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,52 +50,35 @@ def ask(server: Server, prompt_tokens: int, output_tokens: int, rng: random.Rand
     return time.perf_counter() - began
 
 
-def measure(server: Server, prompt_tokens: int = 512, long_tokens: int = 2048, beside: Sequence[Server] = ()) -> Machine:
-    """Time lone requests on an idle server; ``prompt_tokens`` is the length that the TTFT objective refers to.
-
-    ``beside`` decode meanwhile, for servers that share cores: what a lone request needs there is what counts.
-    """
+def measure(server: Server, prompt_tokens: int = 512, long_tokens: int = 2048) -> Machine:
+    """Time lone requests on an idle server; ``prompt_tokens`` is the length that the TTFT objective refers to."""
     rng = random.Random()  # unseeded: vLLM keeps the KV of prompts that it has seen
-    for each in (server, *beside):
-        for tokens in (SHORT, long_tokens):  # the first ones warm the engine
-            ask(each, tokens, 8, rng)
+    for tokens in (SHORT, long_tokens):  # the first ones warm the engine
+        ask(server, tokens, 8, rng)
 
     def median(prompt: int, output: int) -> float:
         return statistics.median(ask(server, prompt, output, rng) for _ in range(REPEATS))
 
-    with _decoding(beside):
-        short, usual, long = median(SHORT, 1), median(prompt_tokens, 1), median(long_tokens, 1)
-        tpot_s = max((median(SHORT, OUTPUT_TOKENS) - short) / (OUTPUT_TOKENS - 1), 1e-4)
+    short, usual, long = median(SHORT, 1), median(prompt_tokens, 1), median(long_tokens, 1)
+    tpot_s = max((median(SHORT, OUTPUT_TOKENS) - short) / (OUTPUT_TOKENS - 1), 1e-4)
     return Machine(usual, tpot_s, max(long - short, 1e-4), prompt_tokens, long_tokens)
 
 
-@contextmanager
-def _decoding(neighbours: Sequence[Server]) -> Iterator[None]:
-    """Each of these servers decodes one sequence after the other until the block ends."""
-    over = threading.Event()
-
-    def work(server: Server) -> None:
-        rng = random.Random()
-        while not over.is_set():
-            ask(server, SHORT, OUTPUT_TOKENS, rng)
-
-    threads = [threading.Thread(target=work, args=(server,)) for server in neighbours]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-
-
-def scenario(machine: Machine, model: Path, engine: Engine, workload: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def scenario(machine: Machine, model: Path, engine: Engine) -> dict[str, Any]:
     """The ``scenario:`` block of cluster.yaml for servers of ``engine`` on this machine."""
     spec = model_from_hf_config(model / "config.json")
     flops_per_s = (_prefill_flops(spec, machine.long_tokens) - _prefill_flops(spec, SHORT)) / machine.long_s
-    unit = {"gemm_flops": 1.0, "gemm_bytes": 1.0, "gemm_us": 0.0, "elementwise_bytes": 1000.0, "elementwise_us": 0.0,
-            "prefill_attention_flops": 1.0, "attention_bytes": 1.0, "attention_us": 0.0, "decode_row_pad": 1.0}  # fmt: skip
+    unit = {
+        "gemm_flops": 1.0,
+        "gemm_bytes": 1.0,
+        "gemm_us": 0.0,
+        "elementwise_bytes": 1000.0,
+        "elementwise_us": 0.0,
+        "prefill_attention_flops": 1.0,
+        "attention_bytes": 1.0,
+        "attention_us": 0.0,
+        "decode_row_pad": 1.0,
+    }
     return {
         "model": {"hf_config": str(model / "config.json")},
         "hardware": {
@@ -116,7 +96,6 @@ def scenario(machine: Machine, model: Path, engine: Engine, workload: Mapping[st
         "cluster": {"max_batch_tokens": engine.batch_tokens, "chunk_tokens": engine.batch_tokens,
                     "max_seqs": engine.max_seqs, "block_tokens": BLOCK_TOKENS},
         "slo": {"ttft_s": round(TTFT_MULTIPLE * machine.ttft_s, 4), "tpot_s": round(TPOT_MULTIPLE * machine.tpot_s, 5)},
-        **({"workload": dict(workload)} if workload is not None else {}),
     }  # fmt: skip
 
 

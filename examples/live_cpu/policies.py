@@ -34,7 +34,9 @@ def prepare(name: str, work: Path, say: Callable[[str], None]) -> tuple[str, str
 
 
 def _export(source: str, out: Path) -> str:
-    _command(["-m", "ooco_gym.bridge", "export", source, f"out={out}"], f"export of {source}", out.parent / "export.log")
+    _command(
+        ["-m", "ooco_gym.bridge", "export", source, f"out={out}"], f"export of {source}", out.parent / "export.log"
+    )
     return str(out)
 
 
@@ -43,7 +45,9 @@ def _command(arguments: Sequence[str], what: str, log: Path) -> None:
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
     with log.open("w") as output:
         environment = {**os.environ, "PYTHONPATH": path, "WANDB_MODE": "offline"}
-        done = subprocess.run([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+        )
     if done.returncode:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise ServerError(f"{what} failed: {lines[-1] if lines else 'no message'} (log: {log})")

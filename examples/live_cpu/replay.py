@@ -1,8 +1,8 @@
 """Replays a slice of a workload through a gateway and counts the outcome by the definitions of the simulator.
 
-Online requests arrive when the slice says and are streamed; offline ones are one job of the Batch API, submitted with the
-stock `openai` client at the start, more than can be done in time. Prompts are random token ids and answers have the length
-that the slice says (``ignore_eos``), so every policy gets exactly the same work.
+Online requests arrive when the slice says and are streamed; offline ones are one job of the Batch API, submitted with
+the stock `openai` client at the start, more than can be done in time. Prompts are random token ids and answers have the
+length that the slice says (``ignore_eos``), so every policy gets exactly the same work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 import numpy as np
@@ -24,7 +24,7 @@ from ooco_gym.cluster.outcome import FEASIBLE_VIOLATION_RATE
 from ooco_gym.scenario import Scenario
 from ooco_gym.workload import OfflineWork, OnlineSource
 
-PATH = "/v1/completions"
+PATH: Final = "/v1/completions"
 GRACE_S = 30.0  # for online requests that still run at the end of the slice
 
 
@@ -62,7 +62,14 @@ class Seen:
 
 
 def cut(
-    source: OnlineSource, offline: OfflineWork, seconds: float, rate_per_s: float, scale: float, context: int, jobs: int, seed: int
+    source: OnlineSource,
+    offline: OfflineWork,
+    seconds: float,
+    rate_per_s: float,
+    scale: float,
+    context: int,
+    jobs: int,
+    seed: int,
 ) -> Slice:
     """``seconds`` of ``source`` at ``rate_per_s``, every length times ``scale`` and cut to fit ``context``."""
     rng = np.random.default_rng(seed)
@@ -74,8 +81,12 @@ def cut(
         output_tokens = min(max(round(output * scale), 2), context // 4)
         return Piece(arrival_s, rng.integers(0, 256, prompt_tokens).tolist(), output_tokens)
 
-    online = [piece(*row) for row in zip(found.arrival_s.tolist(), found.prompt_tokens, found.output_tokens, strict=True)]
-    return Slice(seconds, online, [piece(0.0, *row) for row in zip(work.prompt_tokens, work.output_tokens, strict=True)])
+    online = [
+        piece(*row) for row in zip(found.arrival_s.tolist(), found.prompt_tokens, found.output_tokens, strict=True)
+    ]
+    return Slice(
+        seconds, online, [piece(0.0, *row) for row in zip(work.prompt_tokens, work.output_tokens, strict=True)]
+    )
 
 
 def replay(front: Server, work: Slice, scenario: Scenario, tick: Callable[[float], None]) -> dict[str, Any]:
@@ -154,7 +165,7 @@ def outcome(seen: Sequence[Seen], counts: Mapping[str, float], work: Slice, scen
     failed = np.array([bool(entry.error) for entry in seen], bool)
     late = failed | ~(ttft <= slo.ttft_s) | ~(tpot <= slo.tpot_s)
     violations = float(late.mean()) if len(seen) else math.nan
-    # Prompts of finished offline requests are not counted by the gateway's metrics; the mean of the slice stands for them.
+    # The gateway's metrics do not count prompts of finished offline requests; the mean of the slice stands for them.
     mean_prompt = float(np.mean([len(piece.prompt) for piece in work.offline]))
     useful_s = counts["offline_finished"] * mean_prompt * scenario.ideal_prompt_token_s
     useful_s += counts["offline_output"] * scenario.ideal_output_token_s

@@ -1,7 +1,7 @@
 """Processes of the live example: vLLM servers and the gateway, on free ports of loopback, ended whatever happens.
 
-Every server is a process group of its own, because vLLM is several processes; the group ends when its ``with`` block does,
-and the kernel ends it if this program is killed before that.
+Every server is a process group of its own, because vLLM is several processes; the group ends when its ``with`` block
+does, and the kernel ends its first process if this program is killed before that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -69,7 +69,12 @@ def example_connector(folder: Path) -> list[str]:
     """Options that hand KV over through files in ``folder``; a prompt must fit into one batch."""
     extra = {"shared_storage_path": str(folder)}
     config = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    return ["--disable-hybrid-kv-cache-manager", "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(config)]
+    return [
+        "--disable-hybrid-kv-cache-manager",
+        "--no-enable-prefix-caching",
+        "--kv-transfer-config",
+        json.dumps(config),
+    ]
 
 
 @dataclass
@@ -179,7 +184,11 @@ def start_vllm(python: Path, model: Path, name: str, folder: Path, engine: Engin
 
 @contextmanager
 def vllm_servers(
-    python: Path, model: Path, engines: Mapping[str, Engine], folder: Path, say: Callable[[str], None] = lambda text: None
+    python: Path,
+    model: Path,
+    engines: Mapping[str, Engine],
+    folder: Path,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Server]]:
     """vLLM servers by name, started together, ready when the block begins."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,11 +223,13 @@ def gateway(config: Path, policy: str, log: Path, overrides: Sequence[str] = ())
         server.stop()
 
 
-def write_cluster(path: Path, instances: Sequence[tuple[Server, str]], scenario: Mapping[str, Any], **more: Any) -> Path:
+def write_cluster(
+    path: Path, instances: Sequence[tuple[Server, str]], scenario: Mapping[str, Any], **more: Any
+) -> Path:
     """cluster.yaml for (server, role) pairs; ``more`` are further keys of the file."""
     entries = [{"url": server.url, "role": role} for server, role in instances]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({"instances": entries, "scenario": dict(scenario), **more}, sort_keys=False))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create({"instances": entries, "scenario": dict(scenario), **more})))
     return path
 
 

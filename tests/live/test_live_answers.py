@@ -42,7 +42,7 @@ def test_smoke_offline_answers_too(pair, front):
 
 
 def test_smoke_preemption_frees_the_engine_and_the_answer_stays_the_same(pair, front):
-    """All seats of the only instance decode offline; an online arrival gets one, and every offline answer is complete."""
+    """All seats of the only instance decode offline; an online arrival gets one, and no offline answer is cut."""
     engine = pair["relaxed"]
     gateway = front([(engine, "relaxed")])
     seats = 8
@@ -51,7 +51,9 @@ def test_smoke_preemption_frees_the_engine_and_the_answer_stays_the_same(pair, f
 
     async def scene():
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            running = [asyncio.create_task(send(session, gateway.url, {**body, "service_tier": "flex"})) for body in offline]
+            running = [
+                asyncio.create_task(send(session, gateway.url, {**body, "service_tier": "flex"})) for body in offline
+            ]
             await until(engine.load, (seats, 0), running)
             await asyncio.sleep(0.3)
             online = await send(session, gateway.url, completion("online", 8, stream=True))
