@@ -194,7 +194,8 @@ def _scenario(block: Mapping[str, Any]) -> Scenario:
 def describe(row: Mapping[str, Any]) -> str:
     return (
         f"{row['policy']}: {row['online_requests']} online requests, {row['online_failed']} failed; "
-        f"{row['preemptions']:.0f} preemptions, {row['pulls']:.0f} pulls, {row['wasted_fraction']:.0%} of offline work lost"
+        f"{row['preemptions']:.0f} preemptions, {row['pulls']:.0f} pulls, {row['wasted_fraction']:.0%} of offline work "
+        "thrown away"
     )
 
 
