@@ -97,9 +97,10 @@ def one_policy(
     store = given.work / f"jobs-{name}"
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir(parents=True)
-    overrides = [f"jobs={store / 'jobs.db'}", f"decision_log={given.work / f'decisions-{name}.jsonl'}"]
-    log = given.work / "logs" / f"gateway-{name}.log"
-    log.unlink(missing_ok=True)
+    decisions, log = given.work / f"decisions-{name}.jsonl", given.work / "logs" / f"gateway-{name}.log"
+    for old in (decisions, log):
+        old.unlink(missing_ok=True)
+    overrides = [f"jobs={store / 'jobs.db'}", f"decision_log={decisions}"]
     with (
         servers.gateway(config, source, log, overrides) as front,
         Progress(console=console, transient=True) as progress,
