@@ -34,9 +34,9 @@ from ooco_gym.errors import OocoError
 
 #: Name of a part -> module beside this file whose ``run(settings, console)`` returns its results; its ``DEFAULTS`` are
 #: further settings.
-PARTS: dict[str, str] = {"overhead": "bridge_bench"}
+PARTS: dict[str, str] = {"overhead": "bridge_bench", "kills": "bridge_jobs"}
 DEFAULTS: dict[str, Any] = {
-    "parts": ["overhead"],
+    "parts": ["overhead", "kills"],
     "out": "runs/bridge_bench",
     "streams": 50,  # concurrent streams for the first-token comparison
     "seconds": 6.0,  # of each measurement
@@ -138,7 +138,7 @@ async def _closed_loop(
 
 
 @contextlib.contextmanager
-def _process(arguments: list[str], ready: Callable[[str], str | None]) -> Iterator[str]:
+def process(arguments: list[str], ready: Callable[[str], str | None]) -> Iterator[str]:
     """A child process; yields what ``ready`` finds in a line of its stderr."""
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -164,14 +164,14 @@ def _process(arguments: list[str], ready: Callable[[str], str | None]) -> Iterat
             child.communicate()
 
 
-def _url(line: str) -> str | None:
+def served_at(line: str) -> str | None:
     return line.split("listening on ", 1)[1].strip() if line.startswith("listening on ") else None
 
 
 @contextlib.contextmanager
 def fake_upstream(settings: dict[str, Any]) -> Iterator[str]:
     """URL of a fake vLLM in a process of its own."""
-    with _process([str(Path(__file__).resolve()), "--fake-upstream"], _url) as url:
+    with process([str(Path(__file__).resolve()), "--fake-upstream"], served_at) as url:
         yield url
 
 
@@ -179,11 +179,17 @@ def fake_upstream(settings: dict[str, Any]) -> Iterator[str]:
 def gateway_over(urls: list[str], roles: list[str], **more: Any) -> Iterator[str]:
     """URL of a gateway in a process of its own, over the given instances; ``more`` are keys of the cluster file."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cluster.yaml"
-        instances = [{"url": url, "role": role} for url, role in zip(urls, roles, strict=True)]
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create({"instances": instances, "listen": {"port": 0}, **more})))
-        with _process(["-m", "ooco_gym.bridge", "serve", f"config={path}", "policy=ooco"], _url) as url:
+        path = gateway_file(Path(folder), urls, roles, **more)
+        with process(["-m", "ooco_gym.bridge", "serve", f"config={path}", "policy=ooco"], served_at) as url:
             yield url
+
+
+def gateway_file(folder: Path, urls: list[str], roles: list[str], **more: Any) -> Path:
+    """The cluster file of a gateway over the given instances, on any free port unless it is told another."""
+    path = folder / "cluster.yaml"
+    instances = [{"url": url, "role": role} for url, role in zip(urls, roles, strict=True)]
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create({"instances": instances, "listen": {"port": 0}, **more})))
+    return path
 
 
 def serve_fake_upstream() -> None:
@@ -231,15 +237,20 @@ def serve_fake_upstream() -> None:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
+    say_where(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", access_log=False))
+
+
+def say_where(config: Any) -> None:
+    """Serve, and print the address once it is known."""
+    import uvicorn
+
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             port = self.servers[0].sockets[0].getsockname()[1]
             print(f"listening on http://127.0.0.1:{port}", file=sys.stderr, flush=True)
 
-    Announcing(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off", access_log=False)
-    ).run()
+    Announcing(config).run()
 
 
 def _module(part: str) -> Any:

@@ -1,6 +1,6 @@
 """Kill the process that serves offline jobs with SIGKILL again and again, and count what is lost or delivered twice.
 
-    python experiments/bridge_kill.py                        20 kills of the jobs over a stub; about two minutes
+    python experiments/bridge_kill.py                        20 kills of the jobs over a stub; about a minute
     python experiments/bridge_kill.py --kills 100 --seed 7
     python experiments/bridge_kill.py --command 'SERVE --store {store} --port {port}' --expect any
 

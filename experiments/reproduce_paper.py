@@ -30,7 +30,7 @@ from ooco_gym.evaluation.capacity import Capacity, Prober, capacity_ratio, find_
 from ooco_gym.evaluation.command import compile_kernel, guarded, launch, listed, make_console, plain, save_config, whole
 from ooco_gym.evaluation.figures import colour
 from ooco_gym.evaluation.report import write_json
-from ooco_gym.evaluation.statistics import Estimate, summarise
+from ooco_gym.evaluation.statistics import Estimate, ratio_interval, summarise
 from ooco_gym.policy import Policy
 from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
 
@@ -162,16 +162,15 @@ def main_table(study: Study, workload: str, changes: Mapping[str, Any], limits: 
     }
 
 
-def curve(study: Study, policy: Policy, scenario: Scenario, label: str) -> list[dict[str, float]]:
+def curve(study: Study, policy: Policy, scenario: Scenario, label: str) -> list[dict[str, Any]]:
     """Violation rate and completions over the grid of offline rates."""
     prober = study.prober(policy, scenario, label)
     points = []
     for rate in study.settings["curve_per_s"]:
         with study.console.status(f"{label}: {policy.name} at {rate:g}/s"):
             probe = prober(float(rate))
-        points.append(
-            {"rate_per_s": rate, "violation_rate": probe.violation_rate(), "completed": probe.completed_share()}
-        )
+        late = ratio_interval(probe.violations, probe.online_requests)
+        points.append({"rate_per_s": rate, "violation_rate": asdict(late), "completed": probe.completed_share()})
     return points
 
 
@@ -233,8 +232,11 @@ def draw(results: Mapping[str, Any], limit: float, path: Path) -> None:
     for axis, workload in zip(figure.subplots(1, len(workloads), squeeze=False)[0], workloads, strict=True):
         for name, row in results[workload]["policies"].items():
             x = [point["rate_per_s"] for point in row["curve"]]
-            y = [100 * point["violation_rate"] for point in row["curve"]]
+            y, low, high = (
+                [100 * point["violation_rate"][end] for point in row["curve"]] for end in ("value", "low", "high")
+            )
             axis.plot(x, y, marker=".", color=colour(name), label=name)
+            axis.fill_between(x, low, high, color=colour(name), alpha=0.15, linewidth=0)
             if row["published_per_s"]:
                 axis.plot(row["published_per_s"], 100 * limit, marker="v", markersize=8, color=colour(name))
         axis.axhline(100 * limit, color="0.6", linewidth=0.8)

@@ -15,7 +15,8 @@ What makes it loose, in the order of its weight: latency objectives are ignored;
 phases overlap freely on all instances, and every weight read serves a full batch); the warm-up's instance seconds are
 all given to work that counts; padding, chaining and transfers are free; among different devices all count as the best.
 It is an expectation over iteration noise and holds for the mean offline mix: a scheduler that could pick short jobs out
-of the backlog is not covered. Online requests that may be dropped within the feasible violation rate are taken off.
+of the backlog is not covered. Requests that no instance can hold are rejected and cost nothing. Of the online requests
+the share that may be late is left unserved, and the most expensive ones at that.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ooco_gym.roofline import COST
 from ooco_gym.scenario import Scenario
 
 LM_HEAD = 4
+Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -110,22 +112,20 @@ def cheapest_cost(scenario: Scenario) -> np.void:
 
 
 def offline_bound(scenario: Scenario, seeds: Sequence[int], must_serve: float = 1.0 - FEASIBLE_VIOLATION_RATE) -> Bound:
-    """The bound over the episodes of ``seeds``, with that share of their online requests served."""
+    """The bound over the episodes of ``seeds``, with that share of each one's online requests served."""
     online = offline = Work(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    ttft_s, tpot_s = scenario.slo.ttft_s, scenario.slo.tpot_s
     largest = scenario.cluster.max_batch_tokens  # or one longer prompt, which makes a batch of its own
     for seed in seeds:
-        requests = scenario.online.sample(seed, scenario.horizon_s)
-        prompt, output = requests.prompt_tokens, requests.output_tokens
-        due = requests.arrival_s + ttft_s + (output - 1) * tpot_s <= scenario.horizon_s  # others may be put off
-        online = online.plus(Work.of(prompt[due], output[due]))
+        prompt, output = _due_and_served(scenario, seed, must_serve)
+        online = online.plus(Work.of(prompt, output), 1.0 / len(seeds))
         jobs = scenario.offline.sample(seed, scenario.horizon_s)
-        largest = max(largest, *(int(tokens.max()) for tokens in (prompt, jobs.prompt_tokens) if len(tokens)), 0)
-        if len(jobs):
-            offline = offline.plus(Work.of(jobs.prompt_tokens, jobs.output_tokens), 1.0 / len(jobs) / len(seeds))
+        held = _fits(scenario, jobs.prompt_tokens, jobs.output_tokens)
+        job_prompt, job_output = jobs.prompt_tokens[held], jobs.output_tokens[held]
+        largest = max(largest, *(int(tokens.max()) for tokens in (prompt, job_prompt) if len(tokens)), 0)
+        if len(job_prompt):
+            offline = offline.plus(Work.of(job_prompt, job_output), 1.0 / len(job_prompt) / len(seeds))
     if offline.requests == 0.0:
         return Bound(0.0, 0.0, 0.0)
-    online = online.times(must_serve / len(seeds))
     cost = cheapest_cost(scenario)
     available_s = scenario.instances * scenario.horizon_s
     kv_tokens = float(max(scenario.instance_kv_blocks) * scenario.cluster.block_tokens)
@@ -141,3 +141,34 @@ def offline_bound(scenario: Scenario, seeds: Sequence[int], must_serve: float = 
         offline.prompt_tokens * scenario.ideal_prompt_token_s + offline.output_tokens * scenario.ideal_output_token_s
     )
     return Bound(jobs_per_s, jobs_per_s * offline.output_tokens, jobs_per_s * useful / scenario.instances)
+
+
+def _fits(scenario: Scenario, prompt: Tokens, output: Tokens) -> npt.NDArray[np.bool_]:
+    """Whether requests are served at all: within the model's context and the smallest KV cache."""
+    context = prompt.astype(np.int64) + output
+    blocks = -(-context // scenario.cluster.block_tokens)
+    fits: npt.NDArray[np.bool_] = (context <= scenario.model.max_context_tokens) & (
+        blocks <= min(scenario.instance_kv_blocks)
+    )
+    return fits
+
+
+def _due_and_served(scenario: Scenario, seed: int, must_serve: float) -> tuple[Tokens, Tokens]:
+    """Prompts and outputs of the online requests of one episode that have to be served within it."""
+    requests = scenario.online.sample(seed, scenario.horizon_s)
+    prompt, output = requests.prompt_tokens, requests.output_tokens
+    classes = scenario.slo.classes or (scenario.slo,)  # every request as if of the loosest
+    ttft_s, tpot_s = max(one.ttft_s for one in classes), max(one.tpot_s for one in classes)
+    deadline_s = requests.arrival_s + ttft_s + (output - 1) * tpot_s
+    due = (deadline_s <= scenario.horizon_s) & _fits(scenario, prompt, output)  # others may be put off
+    prompt, output = prompt[due], output[due]
+    cost = cheapest_cost(scenario)
+    prompts, outputs = prompt.astype(float), output.astype(float)
+    pairs = prompts * (prompts + 1.0) / 2.0
+    worth_s = (
+        scenario.ideal_prompt_token_s * prompts
+        + float(cost["layers"] * cost["pair_s"]) * pairs
+        + scenario.ideal_output_token_s * outputs
+    )
+    cheapest = np.argsort(worth_s, kind="stable")[: int(np.floor(must_serve * len(worth_s)))]
+    return prompt[cheapest], output[cheapest]

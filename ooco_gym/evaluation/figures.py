@@ -131,7 +131,7 @@ def plot_profiles(results: Results, path: Path) -> Path:
     """Share of scenarios on which a policy scores more than x, with 95 % bands."""
     thresholds = np.linspace(0.0, 1.0, 101)
     shares, low, high = performance_profile(results, thresholds)
-    figure = _figure(6.4, 4.2)
+    figure = _figure(7.6, 4.2)
     axis = figure.subplots()
     styles = ("-", "--", ":", "-.")
     for row, policy in enumerate(results.policies):
@@ -144,7 +144,7 @@ def plot_profiles(results: Results, path: Path) -> Path:
     axis.set(xlabel="score: useful offline work [% of the upper bound]", ylabel="scenarios with a higher score [%]")
     axis.set_xlim(0, 100)
     axis.set_ylim(-2, 102)
-    axis.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, loc="outside right center")
     return _save(figure, path)
 
 

@@ -320,7 +320,7 @@ def test_graceful_shutdown_drains_online_and_gives_offline_up():
         fake = FakeUpstream(decode_s=0.02)
         async with upstreams(fake):
             config = config_for([fake], timeouts={"drain_s": 3.0})
-            async with gateway(config) as client:
+            async with gateway(config, signals=True) as client:
                 online = asyncio.create_task(client.post({**PROMPT, "max_tokens": 20, "stream": True}))
                 await client.until(lambda: fake.first_tokens == 1)
                 offline = asyncio.create_task(client.post({**PROMPT, "max_tokens": 400, "service_tier": "flex"}))
@@ -339,7 +339,7 @@ def test_shutdown_ends_what_does_not_drain_with_an_error():
     async def scenario():
         fake = FakeUpstream(decode_s=0.02)
         async with upstreams(fake):
-            async with gateway(config_for([fake], timeouts={"drain_s": 0.2})) as client:
+            async with gateway(config_for([fake], timeouts={"drain_s": 0.2}), signals=True) as client:
                 online = asyncio.create_task(client.post({**PROMPT, "max_tokens": 4000, "stream": True}))
                 await client.until(lambda: fake.first_tokens == 1)
                 client.server.handle_exit(15, None)

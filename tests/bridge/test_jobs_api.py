@@ -306,6 +306,26 @@ def test_a_client_that_goes_away_in_its_upload_leaves_nothing(server: Served) ->
     assert _counts(server) == before
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with served(tmp_path / "jobs.sqlite") as server:
+        database = server.store._database
+        kept = server.upload(b"x")
+
+        def most_pages(pages: int) -> int:
+            sql = f"PRAGMA max_page_count = {pages}"
+            return int(database.write_now(lambda c: c.execute(sql).fetchone()[0]).result())
+
+        before, unbounded = _counts(server), 1_000_000
+        most_pages(most_pages(1) + 200)  # SQLite answers 1 with the pages there are
+        with pytest.raises(openai.InternalServerError, match="disk is full") as refusal:
+            server.upload(b"x" * 5_000_000)
+        assert refusal.value.status_code == 507
+        assert _counts(server) == before
+        most_pages(unbounded)
+        assert server.client.files.content(server.upload(b"x" * 5_000_000)).content == b"x" * 5_000_000
+        assert server.client.files.content(kept).content == b"x"
+
+
 def _counts(server: Served) -> tuple[int, int, int]:
     connection = sqlite3.connect(server.store._database.path)
     try:

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_three_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments/bridge_kill.py"), "--kills", "3", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

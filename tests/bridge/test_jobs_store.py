@@ -122,6 +122,21 @@ def test_a_result_is_committed_once(tmp_path: Path) -> None:
     asyncio.run(work())
 
 
+def test_a_batch_that_is_cancelled_stays_so_when_its_last_result_comes(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = Store(tmp_path / "jobs.sqlite")
+        batch_id = await active(store, 1)
+        [request] = (await store.work(9)).claimed
+        await store.cancel_batch(batch_id)
+        assert await store.record(request, False, "late")
+        [number] = (await store.work(9)).ending
+        assert await store.finish(number) == "cancelled"
+        assert await text(store, (await store.batch(batch_id))["output_file_id"]) == "late\n"
+        store.close()
+
+    asyncio.run(work())
+
+
 def test_a_write_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
     async def work() -> None:
         store = Store(tmp_path / "jobs.sqlite")
@@ -132,6 +147,16 @@ def test_a_write_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
         )
         assert [isinstance(answer, OocoError) for answer in answers] == [n % 2 == 0 for n in range(40)]
         assert len((await store.batches(None, 100))[0]) == 20
+
+        def half(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM batches")
+            raise OocoError("half-way")
+
+        answers = await asyncio.gather(
+            *(create(file_id), store._database.write(half), create(file_id)), return_exceptions=True
+        )
+        assert str(answers[1]) == "half-way"
+        assert len((await store.batches(None, 100))[0]) == 22
         store.close()
 
     asyncio.run(work())
@@ -174,6 +199,26 @@ def test_a_batch_does_not_lose_its_file_while_it_is_read(tmp_path: Path) -> None
     asyncio.run(work())
 
 
+def test_looking_for_work_does_not_read_what_is_done(tmp_path: Path) -> None:
+    """A look at 50,000 requests per result would make a large batch slow."""
+    store, statements = Store(tmp_path / "jobs.sqlite"), []
+    connection = store._database._writer
+    connection.set_trace_callback(statements.append)
+    asyncio.run(store.work(4))
+    connection.set_trace_callback(None)
+    plans = [
+        "; ".join(step["detail"] for step in connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
+        for statement in statements
+        if statement.startswith("SELECT")
+    ]
+    assert len(plans) == 5
+    assert [index for plan in plans for index in ("requests_pending", "requests_running") if index in plan] == [
+        *("requests_pending", "requests_running")
+    ]
+    assert "autoindex_requests" not in " ".join(plans)
+    store.close()
+
+
 class Model:
     """What the store must hold: batches by id with their requests, what was answered, and how they end."""
 
@@ -187,7 +232,7 @@ class Model:
         return [f"id-{number}" for number in range(1, self.total[batch_id] + 1)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), steps=st.integers(10, 60))
 def test_random_work_with_crashes(tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int) -> None:
     """After any work and any crash: no request lost, none answered twice, and each in exactly one of the two files."""

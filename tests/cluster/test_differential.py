@@ -6,6 +6,7 @@ counter and on KV use, at every stop of the episode.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -255,7 +256,7 @@ def test_a_drain_may_end_before_the_role_changes():
 
 @given(case=cases())
 @example(case=Case(offline_kind="endless", offline=20, relaxed=2, strict=2, online=40))
-@settings(max_examples=300, **SETTINGS)
+@settings(max_examples=300 if os.environ.get("CI") else 100, **SETTINGS)
 def test_kernel_agrees_with_reference(case):
     _agree(case)
 
@@ -402,7 +403,7 @@ def _bits(simulator) -> dict[str, bytes]:
 
 
 @given(case=cases())
-@settings(max_examples=200, **SETTINGS)
+@settings(max_examples=200 if os.environ.get("CI") else 60, **SETTINGS)
 def test_stops_are_invisible(case):
     """Many control intervals without a change of knobs give the same bits as one run (24: runs may be cut anywhere)."""
     case = replace(case, knobs=())

@@ -3,8 +3,9 @@
 import pytest
 
 from ooco_gym import presets
+from ooco_gym.cluster.control import KNOB_NAMES, ooco_knobs
 from ooco_gym.errors import OocoError
-from ooco_gym.evaluation.suite import load_suite
+from ooco_gym.evaluation.suite import load_suite, tuned_policy
 
 
 def test_the_first_suite_covers_what_it_is_for_and_keeps_the_roles_apart():
@@ -43,3 +44,35 @@ def test_suites_that_are_refused(monkeypatch, scenarios, said):
     )
     with pytest.raises(OocoError, match=said):
         load_suite("mine")
+
+
+def test_scenarios_of_one_deployment_share_their_tuned_constants():
+    by_name = {entry.name: entry for entry in load_suite("v1")}
+    assert by_name["bursts"].deployment == by_name["test-conv"].deployment == "default"
+    assert by_name["code"].deployment == by_name["test-mooncake"].deployment == "slo=loose"
+    assert (
+        by_name["diurnal"].deployment
+        == by_name["test-reasoning"].deployment
+        == ("cluster=8x8 slo={ttft_s:20.0,tpot_floors:8.0}")
+    )
+    trained_on = {entry.deployment for entry in load_suite("v1", "train")}
+    assert {entry.deployment for entry in load_suite("v1")} <= trained_on
+
+
+@pytest.mark.parametrize("level", ["tuned-ooco", "tuned-all", "tuned-global"])
+def test_every_deployment_of_the_suite_has_tuned_constants(level):
+    papers = {"gate_batch", "tpot_bound", "pull_kv", "pull_length"}
+    for entry in load_suite("v1"):
+        policy = tuned_policy("v1", level, entry.deployment)
+        assert policy.name == level
+        moved = {
+            name for name, mine, theirs in zip(KNOB_NAMES, policy.vector, ooco_knobs(), strict=True) if mine != theirs
+        }
+        assert level != "tuned-ooco" or moved <= papers
+
+
+def test_a_deployment_without_tuned_constants_lists_those_that_have_some():
+    with pytest.raises(
+        OocoError, match="no tuned-all for the deployment 'hardware=abacus'; known are default; slo=tight"
+    ):
+        tuned_policy("v1", "tuned-all", "hardware=abacus")

@@ -227,6 +227,7 @@ def run(*arguments):
 PEAKS = ("--name", "mine", "--peak-flops", 503.8e12, "--bandwidth", 1.792e12, "--memory", 96e9)
 
 
+@pytest.mark.slow
 def test_the_command_fits_a_table_and_writes_a_preset(tmp_path):
     lines = [",".join(COLUMNS)]
     for row in table([resolve_model("llama-3.1-8b")], tps=(1,)):
@@ -243,6 +244,7 @@ def test_the_command_fits_a_table_and_writes_a_preset(tmp_path):
     assert again.returncode == 1 and "is there: choose another" in again.stderr
 
 
+@pytest.mark.slow
 def test_the_command_with_two_numbers(tmp_path):
     done = run(*PEAKS, "--two-numbers", 0.7, 0.8, "--out", tmp_path / "mine.yaml")
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,8 @@ CREATE TABLE requests (
     PRIMARY KEY (batch, line),
     UNIQUE (batch, custom_id)
 );
-CREATE INDEX requests_open ON requests (batch, state, line) WHERE state <> 'done';
+CREATE INDEX requests_pending ON requests (batch, line) WHERE state = 'pending';
+CREATE INDEX requests_running ON requests (batch, line) WHERE state = 'running';
 CREATE TABLE results (
     batch INTEGER NOT NULL,
     custom_id TEXT NOT NULL,

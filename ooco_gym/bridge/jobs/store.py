@@ -15,19 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ooco_gym.bridge.jobs import endings
+from ooco_gym.bridge.jobs import endings, progress
 from ooco_gym.bridge.jobs.database import Database
 from ooco_gym.bridge.jobs.records import (
     ENDED,
     ConflictError,
     Request,
     UnknownError,
-    Waiting,
     Work,
     batch_object,
     file_object,
     new_id,
-    request_id,
 )
 from ooco_gym.errors import OocoError
 
@@ -44,7 +42,7 @@ class Store:
         self._clock = clock
         self._database = Database(path)
         try:
-            self._database.write_now(_recover).result()
+            self._database.write_now(progress.recover).result()
         except BaseException:
             self._database.close()
             raise
@@ -195,11 +193,11 @@ class Store:
 
     async def release(self) -> None:
         """Take back every claim: for a runner that starts. Repeatable."""
-        await self._database.write(_recover_requests, durable=False)
+        await self._database.write(progress.release, durable=False)
 
     async def work(self, room: int) -> Work:
         """What there is to do now; claims up to ``room`` requests, oldest batch first. Repeatable."""
-        return await self._database.write(lambda c: _work(c, max(0, room), self._now()), durable=False)
+        return await self._database.write(lambda c: progress.work(c, max(0, room), self._now()), durable=False)
 
     async def add_requests(self, batch: int, rows: Sequence[tuple[int, str, str]]) -> None:
         """Lines (line, custom_id, body) of a batch being validated; seen only after ``activate``. Repeatable."""
@@ -212,7 +210,7 @@ class Store:
 
     async def forget_requests(self, batch: int) -> None:
         """Drop the lines of a batch still being validated, to start its validation over. Repeatable."""
-        await self._database.write(lambda c: _forget_requests(c, batch), durable=False)
+        await self._database.write(lambda c: progress.forget(c, batch), durable=False)
 
     async def activate(self, batch: int) -> bool:
         """End of a validation that found no fault; False where the batch was cancelled or expired meanwhile."""
@@ -226,7 +224,7 @@ class Store:
         """End of a validation that found faults."""
 
         def fail(connection: sqlite3.Connection) -> bool:
-            _forget_requests(connection, batch)
+            progress.forget(connection, batch)
             sql = (
                 "UPDATE batches SET status = 'failed', failed_at = ?, errors = ?"
                 " WHERE number = ? AND status = 'validating'"
@@ -237,7 +235,7 @@ class Store:
 
     async def record(self, request: Request, is_error: bool, output: str) -> bool:
         """Commit the result of a request; False, without effect, where it has one or its batch has ended."""
-        return await self._database.write(lambda c: _record(c, request, is_error, output, self._now()))
+        return await self._database.write(lambda c: progress.record(c, request, is_error, output, self._now()))
 
     async def finish(self, batch: int) -> str | None:
         """End a batch that is due: its two files and its last state in one commit; returns that state."""
@@ -253,79 +251,6 @@ class Store:
 
     def _now(self) -> int:
         return int(self._clock())
-
-
-def _recover(connection: sqlite3.Connection) -> None:
-    connection.execute("DELETE FROM files WHERE complete = 0")
-    connection.execute("DELETE FROM requests WHERE batch IN (SELECT number FROM batches WHERE status = 'validating')")
-    _recover_requests(connection)
-
-
-def _recover_requests(connection: sqlite3.Connection) -> None:
-    connection.execute(
-        "UPDATE requests SET state = 'pending' WHERE state = 'running' AND batch IN"
-        " (SELECT number FROM batches WHERE status IN ('in_progress', 'cancelling'))"
-    )
-
-
-def _forget_requests(connection: sqlite3.Connection, batch: int) -> None:
-    connection.execute(
-        "DELETE FROM requests WHERE batch = ? AND EXISTS"
-        " (SELECT 1 FROM batches WHERE number = ? AND status = 'validating')",
-        (batch, batch),
-    )
-
-
-def _work(connection: sqlite3.Connection, room: int, now: int) -> Work:
-    ending = connection.execute(
-        "SELECT number FROM batches WHERE status IN ('finalizing', 'cancelling')"
-        " OR (status IN ('validating', 'in_progress') AND expires_at <= ?) ORDER BY number",
-        (now,),
-    ).fetchall()
-    validating = connection.execute(
-        "SELECT number, id, endpoint, input_file_id FROM batches"
-        " WHERE status = 'validating' AND expires_at > ? ORDER BY number",
-        (now,),
-    ).fetchall()
-    rows = connection.execute(  # CROSS JOIN: batches in their order, and of each only what is pending
-        "SELECT r.batch, r.line, r.custom_id, b.id, b.endpoint, r.body FROM batches b CROSS JOIN requests r"
-        " ON r.batch = b.number AND r.state = 'pending'"
-        " WHERE b.status = 'in_progress' AND b.expires_at > ? ORDER BY b.number, r.line LIMIT ?",
-        (now, room),
-    ).fetchall()
-    claimed = [Request(batch, line, name, request_id(b, line), url, body) for batch, line, name, b, url, body in rows]
-    connection.executemany(
-        "UPDATE requests SET state = 'running' WHERE batch = ? AND line = ?", [(r.batch, r.line) for r in claimed]
-    )
-    undone = connection.execute(
-        "SELECT coalesce(sum(total - completed - failed), 0) FROM batches WHERE status = 'in_progress'"
-    ).fetchone()[0]
-    running = connection.execute(
-        "SELECT count(*) FROM batches b CROSS JOIN requests r ON r.batch = b.number AND r.state = 'running'"
-        " WHERE b.status = 'in_progress'"
-    ).fetchone()[0]
-    return Work([row[0] for row in ending], [Waiting(*row) for row in validating], claimed, undone - running)
-
-
-def _record(connection: sqlite3.Connection, request: Request, is_error: bool, output: str, now: int) -> bool:
-    status = _one(connection, "SELECT status FROM batches WHERE number = ?", request.batch)["status"]
-    if status not in ("in_progress", "cancelling"):
-        return False
-    inserted = connection.execute(
-        "INSERT OR IGNORE INTO results (batch, custom_id, is_error, output) VALUES (?, ?, ?, ?)",
-        (request.batch, request.custom_id, is_error, output),
-    ).rowcount
-    if not inserted:
-        return False
-    connection.execute("UPDATE requests SET state = 'done' WHERE batch = ? AND line = ?", (request.batch, request.line))
-    column = "failed" if is_error else "completed"
-    connection.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE number = ?", (request.batch,))
-    connection.execute(
-        "UPDATE batches SET status = 'finalizing', finalizing_at = ?"
-        " WHERE number = ? AND status = 'in_progress' AND completed + failed = total",
-        (now, request.batch),
-    )
-    return True
 
 
 def _one(connection: sqlite3.Connection, sql: str, *values: Any) -> sqlite3.Row:
