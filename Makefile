@@ -1,11 +1,12 @@
 # make train   set up on first use, then the main job: PPO on the default scenario and the comparison table
 # make test    set up on first use, then all tests
 # make quick   the tests of the inner loop
+# make live    the smoke test of the bridge against real vLLM, which it installs on first use (examples/live_cpu)
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: train test quick lint clean
+.PHONY: train test quick live lint clean
 
 train: $(READY)
 	$(VENV)/bin/python train.py agent=ppo $(ARGS)
@@ -15,6 +16,9 @@ test: $(READY)
 
 quick: $(READY)
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+live:
+	.ci/live
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
