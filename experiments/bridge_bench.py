@@ -1,4 +1,4 @@
-"""What the bridge costs and what it is worth, measured: ``python experiments/bridge_bench.py [parts=[overhead,kills]]``.
+"""What the bridge costs and what it is worth, measured: ``python experiments/bridge_bench.py [parts=[overhead]]``.
 
 Each part is a function that takes the settings, prints its table and returns what goes into results.json:
 
