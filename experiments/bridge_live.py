@@ -68,7 +68,7 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     python = ensure_vllm()
     with tempfile.TemporaryDirectory(prefix="bridge-live-") as name:
         folder = Path(name)
-        model = servers.ensure_model(python, folder / "model", "--context", str(ENGINE.context))
+        model = servers.ensure_model(python, folder / "model", "--layers", "2", "--context", str(ENGINE.context))
         console.print("starting vLLM ...")
         with servers.vllm_servers(python, model, {"vllm": ENGINE}, folder, console.print) as started:
             engine = started["vllm"]

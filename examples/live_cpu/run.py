@@ -185,7 +185,9 @@ def declare(
 
 def _write(given: argparse.Namespace, block: Mapping[str, Any], pair: Mapping[str, Server]) -> Path:
     instances = [(pair["relaxed"], "relaxed"), (pair["strict"], "strict")]
-    return servers.write_cluster(given.work / "cluster.yaml", instances, block, scrape_interval_s=0.2)
+    return servers.write_cluster(
+        given.work / "cluster.yaml", instances, block, scrape_interval_s=0.2, timeouts=servers.PATIENT
+    )
 
 
 def _scenario(block: Mapping[str, Any]) -> Scenario:

@@ -31,6 +31,9 @@ MODEL = "tiny"  # the name under which the servers offer the model
 START_S = 240.0  # a server that is not ready by then is given up; 30 to 90 s are usual
 STOP_S = 15.0
 
+#: Seconds that a vLLM server may take to accept a connection or to answer /health while all cores are busy.
+PATIENT = {"connect_s": 10.0, "probe_s": 10.0}
+
 #: What keeps vLLM off the network and several of them peaceful on few cores.
 VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -54,7 +57,7 @@ class Engine:
 
     dtype: str = "float32"
     context: int = 4096
-    kv_bytes: str = "64M"
+    kv_bytes: str = "128M"
     max_seqs: int = 32
     batch_tokens: int = 512
     more: Sequence[str] = ()  # further options of vLLM's server

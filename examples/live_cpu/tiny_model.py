@@ -1,12 +1,13 @@
 """A language model made on the spot: byte-level tokenizer, a few random layers, fixed by a seed. Nothing is downloaded.
 
-    .venv-vllm/bin/python tiny_model.py FOLDER [--hidden 128] [--layers 2] [--context 4096] [--seed 0]
+    .venv-vllm/bin/python tiny_model.py FOLDER [--hidden 128] [--layers 6] [--context 4096] [--seed 0]
 
 Runs in vLLM's environment, because it needs torch and transformers. What it writes is a plain Hugging Face folder
 (Qwen2 layers), so vLLM serves it like any other. Its sentences mean nothing, but they are the same every time, which is
 what a test of a gateway needs: weights are spread widely enough (``initializer_range`` 0.15, untied embeddings) that
 different prompts get different answers, and only printable ASCII bytes have a row in the output layer, so that a greedy
-answer is text and never ends early.
+answer is text and never ends early. It has more layers than it needs, because an engine that takes 2 ms for an
+iteration outruns vLLM's own front end, which then accepts no connection for seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def byte_tokenizer() -> Any:
     )
 
 
-def write_model(folder: Path, hidden: int = 128, layers: int = 2, context: int = 4096, seed: int = 0) -> None:
+def write_model(folder: Path, hidden: int = 128, layers: int = 6, context: int = 4096, seed: int = 0) -> None:
     """Write config.json, weights and tokenizer into ``folder``."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is written")
     parser.add_argument("--hidden", type=int, default=128, help=f"width, a multiple of {2 * HEAD_DIM} (128)")
-    parser.add_argument("--layers", type=int, default=2, help="number of layers (2)")
+    parser.add_argument("--layers", type=int, default=6, help="number of layers (6)")
     parser.add_argument("--context", type=int, default=4096, help="longest context, tokens (4096)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     arguments = parser.parse_args()

@@ -61,7 +61,7 @@ def front(scenario, tmp_path):
     with ExitStack() as stack:
 
         def start(instances, policy="ooco", **more):
-            keys = {"scrape_interval_s": 0.1, "control_interval_s": 0.2, **more}
+            keys = {"scrape_interval_s": 0.1, "control_interval_s": 0.2, "timeouts": servers.PATIENT, **more}
             path = servers.write_cluster(tmp_path / "cluster.yaml", instances, scenario, **keys)
             return stack.enter_context(servers.gateway(path, policy, tmp_path / "gateway.log"))
 

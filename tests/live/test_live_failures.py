@@ -18,8 +18,8 @@ BATCH = 20
 def test_kill_of_an_instance_mid_stream(python, model, pair, front, tmp_path):
     """What the client has seen nothing of is served elsewhere; a stream that had begun ends with one clean error."""
     survivor = pair["relaxed"]
-    bodies = [completion(f"request {index}", 1200, stream=index % 2 == 0) for index in range(6)]
-    bodies += [completion(f"offline {index}", 600, service_tier="flex") for index in range(4)]
+    bodies = [completion(f"request {index}", 500, stream=index % 2 == 0) for index in range(6)]
+    bodies += [completion(f"offline {index}", 300, service_tier="flex") for index in range(4)]
     expected = [ask(survivor.url, completion(body["prompt"], body["max_tokens"])).text for body in bodies]
     with servers.vllm_servers(python, model, {"victim": ENGINE}, tmp_path) as found:
         victim = found["victim"]
@@ -50,10 +50,10 @@ def test_kill_of_an_instance_mid_stream(python, model, pair, front, tmp_path):
 def test_smoke_a_batch_survives_sigkill_of_the_gateway(pair, scenario, tmp_path):
     """Stock openai client; the gateway is killed mid-batch and started again over the same store."""
     instances = [(pair["relaxed"], "relaxed"), (pair["strict"], "strict")]
-    keys = {"jobs": str(tmp_path / "jobs.db"), "scrape_interval_s": 0.1}
+    keys = {"jobs": str(tmp_path / "jobs.db"), "scrape_interval_s": 0.1, "timeouts": servers.PATIENT}
     config = servers.write_cluster(tmp_path / "cluster.yaml", instances, scenario, **keys)
     lines = [{"custom_id": f"r{index}", "method": "POST", "url": "/v1/completions",
-              "body": completion(f"batch request {index}", 400)} for index in range(BATCH)]  # fmt: skip
+              "body": completion(f"batch request {index}", 150)} for index in range(BATCH)]  # fmt: skip
     expected = {line["custom_id"]: ask(pair["relaxed"].url, line["body"]).text for line in lines}
     with servers.gateway(config, "ooco", tmp_path / "gateway.log") as first:
         client = openai.OpenAI(base_url=first.url + "/v1", api_key="none", max_retries=0)
