@@ -72,5 +72,13 @@ def resolve_all(entries: Sequence[Any]) -> list[Policy]:
     names = [policy.name for policy in policies]
     for name in names:
         if names.count(name) > 1:
-            raise OocoError(f"policies: two are called '{name}', name one {{policy: FOLDER, name: NAME}}")
+            raise OocoError(twice(name))
     return policies
+
+
+def twice(name: str) -> str:
+    """What to say where two policies have one name."""
+    return (
+        f"policies: two are called '{name}', rename one as {{baseline: NAME, name: ANOTHER}} or "
+        "{policy: FOLDER, name: ANOTHER}; a copied baseline has a name= of its own to change in its file"
+    )

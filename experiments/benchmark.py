@@ -30,6 +30,7 @@ from ooco_gym.evaluation.bound import offline_bound
 from ooco_gym.evaluation.command import (
     compile_kernel,
     control_interval,
+    flag,
     guarded,
     launch,
     listed,
@@ -53,6 +54,7 @@ SHAPES = {
 }
 TUNED = ("tuned-ooco", "tuned-all", "tuned-global")
 REFERENCE = "ooco"
+MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def contenders(entries: Sequence[Any]) -> list[Contender]:
     found = []
     for entry in entries:
         shape = entry.get("shape") if isinstance(entry, Mapping) else None
-        if shape is not None and shape not in SHAPES:
+        if shape is not None and str(shape) not in SHAPES:
             raise OocoError(f"policies: shape is {shape!r}, accepted are {', '.join(SHAPES)}")
         if entry in TUNED:
             found.append(Contender(str(entry), None))
@@ -88,7 +90,7 @@ def contenders(entries: Sequence[Any]) -> list[Contender]:
     names = [contender.name for contender in found]
     for name in names:
         if names.count(name) > 1:
-            raise OocoError(f"policies: two are called '{name}', name one {{policy: FOLDER, name: NAME}}")
+            raise OocoError(baselines.twice(name))
     return found
 
 
@@ -209,6 +211,13 @@ def report(bench: Bench, console: Console, folder: Path) -> None:
     console.print(f"results.json and figures: {folder}")
 
 
+def _seeds(settings: Mapping[str, Any]) -> int:
+    seeds = whole(settings, "seeds", 1)
+    if seeds > MOST_SEEDS:
+        raise OocoError(f"seeds is {seeds}, at most {MOST_SEEDS} is accepted")
+    return seeds
+
+
 def chosen_entries(settings: Mapping[str, Any]) -> list[Entry]:
     """The entries of the suite that the settings ask for; raises OocoError on an unknown name or role."""
     for role in listed(settings, "roles"):
@@ -231,10 +240,10 @@ def chosen_entries(settings: Mapping[str, Any]) -> list[Entry]:
 def main(config: DictConfig) -> None:
     settings = plain(config)
     console, folder = make_console(), Path(HydraConfig.get().runtime.output_dir)
-    if settings["quick"]:
+    if flag(settings, "quick"):
         settings |= {"seeds": 2, "episode_s": 120.0, "warmup_s": 30.0}
     entries = chosen_entries(settings)
-    seeds = episode_seeds("evaluation", whole(settings, "seed", 0), whole(settings, "seeds", 1))
+    seeds = episode_seeds("evaluation", whole(settings, "seed", 0), _seeds(settings))
     bench = Bench(
         contenders(listed(settings, "policies")),
         seeds,

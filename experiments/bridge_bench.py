@@ -1,8 +1,11 @@
 """What the bridge costs and what it is worth, measured: ``python experiments/bridge_bench.py [parts=[overhead]]``.
 
-Each part is a function that takes the settings, prints its table and returns what goes into results.json. ``overhead``
-compares the gateway with a direct call against a fake vLLM: three processes, the load generator in the third.
-Further parts live in files of their own beside this one and are entered in PARTS.
+Each part is a function that takes the settings, prints its table and returns what goes into results.json:
+
+    overhead   the gateway against a direct call, over a fake vLLM: three processes, the load generator in the third
+    kills      SIGKILLs of the whole gateway while it works on batches; every delivered line is checked
+    live       an online request behind long offline work on a real vLLM: abort-and-retry against stock priority
+               (needs `python examples/live_cpu/setup_vllm.py` once; not among the parts that run by default)
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from ooco_gym.errors import OocoError
 
 #: Name of a part -> module beside this file whose ``run(settings, console)`` returns its results; its ``DEFAULTS`` are
 #: further settings.
-PARTS: dict[str, str] = {"overhead": "bridge_bench", "kills": "bridge_jobs"}
+PARTS: dict[str, str] = {"overhead": "bridge_bench", "kills": "bridge_jobs", "live": "bridge_live"}
 DEFAULTS: dict[str, Any] = {
     "parts": ["overhead", "kills"],
     "out": "runs/bridge_bench",

@@ -1,7 +1,7 @@
 """How much there is to win: constants tuned for ever narrower purposes, and the best knobs per window in hindsight.
 
-    python experiments/headroom.py                         the training scenarios of suite v1; an hour on two cores
-    python experiments/headroom.py --only conv bursts      some of them
+    python experiments/headroom.py                         the training scenarios of suite v1; half an hour of two cores
+    python experiments/headroom.py --only conv bursts      some of them; tuned-global is then of these alone
     python experiments/headroom.py --quick                 a rough form
 
 Five settings of the knobs, each searched by CMA-ES from the one before, on training seeds of training scenarios:
@@ -79,7 +79,7 @@ class Tuner:
 
     def __init__(self, effort: Effort, seed: int, memory: Path, tick: Tick, threads: ThreadPoolExecutor) -> None:
         self.effort, self.seed, self.memory, self.tick, self.threads = effort, seed, memory, tick, threads
-        self.known: dict[str, dict[str, Any]] = json.loads(memory.read_text("utf-8")) if memory.is_file() else {}
+        self.known = remembered(memory)
 
     def rewards(self, scenarios: Sequence[Scenario], vectors: Sequence[Vector], seeds: Sequence[int]) -> Vector:
         """Rewards of constants, float64 [vectors, scenarios, seeds]."""
@@ -92,12 +92,11 @@ class Tuner:
     ) -> Vector:
         """The vector with the best mean reward, searched from the best of ``starts`` over the knobs ``names``."""
         settings = {
-            "scenarios": list(scenarios),
-            "knobs": list(names),
-            "seed": self.seed,
-            "effort": asdict(self.effort),
+            "scenarios": {name: scenario.identity for name, scenario in scenarios.items()},
+            "starts": [named(start) for start in starts],
+            **{"knobs": list(names), "price": PRICE, "seed": self.seed, "effort": asdict(self.effort)},
         }
-        if label in self.known and self.known[label]["settings"] == settings:
+        if label in self.known and self.known[label].get("settings") == settings:
             self.tick(label, self.effort.generations)
             return knobs_from_mapping(self.known[label]["found"])
         where = list(scenarios.values())
@@ -114,7 +113,18 @@ class Tuner:
         found = finalists[int(np.argmax(self.rewards(where, finalists, validation).mean((1, 2))))]
         self.known[label] = {"settings": settings, "found": named(found)}
         write_json(self.memory, self.known)
-        return found
+        return knobs_from_mapping(named(found))  # as the file has it, so that a resumed run is the same
+
+
+def remembered(memory: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run tuned; raises OocoError where the file is damaged."""
+    if not memory.is_file():
+        return {}
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        return {label: dict(entry) for label, entry in known.items()}
+    except (ValueError, AttributeError, TypeError):
+        raise OocoError(f"{memory} is damaged; delete it or choose another --out") from None
 
 
 def named(knobs: Vector) -> dict[str, float]:
@@ -203,13 +213,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="SCENARIO", help="names of training scenarios; default all")
     parser.add_argument("--quick", action="store_true", help="few generations, four episodes of 300 s")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/headroom"),
-        help="folder of results.json and tuned.yaml; default runs/headroom",
-    )
+    parser.add_argument("--out", type=Path, help="folder of results.json and tuned.yaml; default runs/headroom[...]")
     arguments = parser.parse_args()
+    if arguments.seed < 0:
+        parser.error(f"--seed is {arguments.seed}, at least 0 is accepted")
+    if arguments.out is None:  # a part or a rough form never overwrites the whole
+        parts = ["headroom", *(["quick"] if arguments.quick else []), *(arguments.only or [])]
+        arguments.out = Path("runs") / "-".join(parts)
     effort = QUICK if arguments.quick else FULL
     console = Console() if sys.stdout.isatty() else Console(width=150)
     try:
@@ -220,8 +230,12 @@ def main() -> None:
         entries = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
         arguments.out.mkdir(parents=True, exist_ok=True)
         run(entries, arguments, effort, console)
-    except (OocoError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except OSError as error:
+        print(f"error: {error.filename or arguments.out}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except OocoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(
             f"interrupted: what was tuned is in {arguments.out / 'tuned.json'}, the same command goes on from there"

@@ -27,12 +27,23 @@ from ooco_gym.errors import OocoError
 from ooco_gym.evaluation import admit, episode_seeds, run_episodes
 from ooco_gym.evaluation.bound import offline_bound
 from ooco_gym.evaluation.capacity import Capacity, Prober, capacity_ratio, find_capacity
-from ooco_gym.evaluation.command import compile_kernel, guarded, launch, listed, make_console, plain, save_config, whole
+from ooco_gym.evaluation.command import (
+    compile_kernel,
+    flag,
+    guarded,
+    launch,
+    listed,
+    make_console,
+    plain,
+    positive,
+    save_config,
+    whole,
+)
 from ooco_gym.evaluation.figures import colour
 from ooco_gym.evaluation.report import write_json
 from ooco_gym.evaluation.statistics import Estimate, ratio_interval, summarise
 from ooco_gym.policy import Policy
-from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
+from ooco_gym.scenario import Scenario, build_scenario
 
 #: Fig. 23 of the report: sustained offline requests/s; the last column reached the end of its sweep.
 PUBLISHED = {
@@ -60,7 +71,7 @@ class Study:
     def __init__(self, settings: Mapping[str, Any], folder: Path, console: Console) -> None:
         self.settings, self.folder, self.console = settings, folder, console
         self.seeds = episode_seeds("evaluation", int(settings["seed"]), int(settings["seeds"]))
-        self.policies: list[Policy] = [baselines.load(name) for name in settings["policies"]]
+        self.policies: list[Policy] = baselines.resolve_all(listed(settings, "policies"))
 
     def admitted(self, workload: str, changes: Mapping[str, Any]) -> Scenario:
         """The workload at the rate that the admission rule gives it on this cluster, times the ``load`` of changes."""
@@ -71,14 +82,9 @@ class Study:
         return admission.scenario.with_rate_scale(admission.rate_scale * float(changes.get("load", 1.0)))
 
     def prober(self, policy: Policy, scenario: Scenario, label: str) -> Prober:
-        # What is written in the preset files, not only their names: a changed file is another scenario.
-        config = {
-            group: presets.load(group, value) if group in DEFAULT_PRESETS and isinstance(value, str) else value
-            for group, value in scenario.settings.items()
-        }
         knobs = dict(getattr(policy, "knobs", {}))
-        identity = json.dumps([config, scenario.episode_s, scenario.warmup_s, dict(policy.rules), knobs], default=str)
-        key = f"{policy.name} {label} {blake2b(identity.encode(), digest_size=8).hexdigest()}"
+        described = json.dumps([scenario.identity, dict(policy.rules), knobs], default=str)
+        key = f"{policy.name} {label} {blake2b(described.encode(), digest_size=8).hexdigest()}"
         return Prober(policy, scenario, self.seeds, memory=self.folder / "probes.jsonl", key=key)
 
     def capacities(self, scenario: Scenario, label: str, limits: list[float]) -> dict[str, dict[float, Capacity]]:
@@ -90,12 +96,18 @@ class Study:
                 prober.on_probe = lambda probe, name=policy.name: status.update(
                     f"{label}: {name} at {probe.rate_per_s:.2f}/s violates {probe.violation_rate():.1%}"
                 )
-                guess = 1.0
-                found[policy.name] = {}
+                precision = float(self.settings["precision"])
+                guess, by_limit = 1.0, {}
                 for limit in limits:
-                    capacity = find_capacity(prober, limit, guess, float(self.settings["precision"]))
-                    found[policy.name][limit] = capacity
-                    guess = max(capacity.rate_per_s.value, 0.1)
+                    by_limit[limit] = find_capacity(prober, limit, guess, precision)
+                    guess = max(by_limit[limit].rate_per_s.value, 0.1)
+                # Violations do not grow evenly with the rate: a search may have met a higher rate that another limit
+                # allows. Strictest first, so that what it sustains counts for the looser ones.
+                for limit in sorted(limits):
+                    best = prober.largest_sustained(limit)
+                    if best > by_limit[limit].rate_per_s.value:
+                        by_limit[limit] = find_capacity(prober, limit, best, precision)
+                found[policy.name] = {limit: by_limit[limit] for limit in limits}
         return found
 
 
@@ -213,6 +225,27 @@ def sensitivity(
     return rows
 
 
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse what would fail only after minutes; raises OocoError."""
+    whole(settings, "seeds", 2)
+    whole(settings, "seed", 0)
+    for limit in listed(settings, "limits"):
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 <= limit < 1:
+            raise OocoError(f"limits: {limit!r} is not a violation rate, at least 0 and below 1 is accepted")
+    for rate in listed(settings, "curve_per_s"):
+        positive(rate, "curve_per_s: an entry")
+    if positive(settings["precision"], "precision") >= 1 or settings["precision"] < 1e-4:
+        raise OocoError(f"precision is {settings['precision']:g}, 0.0001 to below 1 is accepted")
+    for row, changes in settings["sensitivity"].items():
+        if not isinstance(changes, Mapping) or set(changes) - set(SCENARIO_KEYS) - {"load"}:
+            raise OocoError(f"sensitivity.{row} is {changes!r}, a mapping of scenario settings or load is needed")
+        positive(changes.get("load", 1.0), f"sensitivity.{row}.load")
+    for workload in settings["sensitivity_of"] if isinstance(settings["sensitivity_of"], list) else [None]:
+        if not isinstance(workload, str):
+            raise OocoError(f"sensitivity_of is {settings['sensitivity_of']!r}, a list of workload names is needed")
+        presets.load("workload", workload)
+
+
 def chosen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The sensitivity rows that ``rows`` names, all where it is null; raises OocoError on an unknown one."""
     known, rows = settings["sensitivity"], settings["rows"]
@@ -250,13 +283,14 @@ def draw(results: Mapping[str, Any], limit: float, path: Path) -> None:
 @guarded
 def main(config: DictConfig) -> None:
     settings = plain(config)
-    if settings["quick"]:
+    if flag(settings, "quick"):
+        if settings["rows"] is None:
+            settings["rows"] = list(settings["sensitivity"])[:3]
         settings |= QUICK
-        settings["rows"] = settings["rows"] or list(settings["sensitivity"])[:3]
-    whole(settings, "seeds", 2)
     console, folder = make_console(), Path(HydraConfig.get().runtime.output_dir)
+    check(settings)
     workloads = dict(named_workload(entry) for entry in listed(settings, "workloads"))
-    limits = [float(limit) for limit in listed(settings, "limits")]
+    limits = [float(limit) for limit in settings["limits"]]
     settings["sensitivity"] = chosen_rows(settings)
     save_config(settings, folder)
     study = Study(settings, folder, console)
@@ -269,7 +303,7 @@ def main(config: DictConfig) -> None:
             except OocoError as error:
                 console.print(f"{workload}: left out, {error}")
             write_json(folder / "results.json", results)
-        for workload in listed(settings, "sensitivity_of") if settings["sensitivity"] else []:
+        for workload in settings["sensitivity_of"] if settings["sensitivity"] else []:
             results["sensitivity"][workload] = sensitivity(
                 study, workload, workloads.get(workload, {}), settings["sensitivity"], limits
             )
@@ -279,6 +313,8 @@ def main(config: DictConfig) -> None:
         raise
     finally:
         write_json(folder / "results.json", results)
+    if not results["workloads"]:
+        raise OocoError("no workload could be run: the reasons are above")
     draw(results["workloads"], limits[0], folder / "capacity.png")
     console.print(f"results.json, probes.jsonl and capacity.png: {folder}")
 

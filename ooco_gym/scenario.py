@@ -5,9 +5,11 @@ Built from preset names or mappings (Hydra's resolved config has the same shape)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import numpy as np
@@ -204,6 +206,16 @@ class Scenario:
                 decode_s(cost, batch + 1.0, (batch + 1.0) * context) - decode_s(cost, batch, batch * context)
             )
         return float(np.mean(marginal))
+
+    @property
+    def identity(self) -> str:
+        """Sixteen characters that tell scenarios apart by what their presets hold, not only by their names."""
+        groups = {
+            group: presets.load(group, value) if group in DEFAULT_PRESETS and isinstance(value, str) else value
+            for group, value in self.settings.items()
+        }
+        described = json.dumps([groups, self.episode_s, self.warmup_s, self.online.rate_scale], default=str)
+        return blake2b(described.encode(), digest_size=8).hexdigest()
 
     def with_rate_scale(self, rate_scale: float) -> Scenario:
         """The same scenario with its online rate multiplied."""

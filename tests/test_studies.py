@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 import baselines
+from experiments import headroom
 from experiments.benchmark import contenders
+from ooco_gym.cluster.control import ooco_knobs
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.suite import load_suite
+from ooco_gym.scenario import build_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["seeds=2", "episode_s=60", "warmup_s=20"]
@@ -102,6 +106,13 @@ def test_ablations_change_one_control_each(tmp_path):
         ("benchmark.py", ["constants=v9"], "unknown tuned 'v9': known are v1"),
         ("benchmark.py", ["scenarios=v9"], "unknown suite 'v9'"),
         ("benchmark.py", ["seeds=0"], "seeds is 0, a whole number of at least 1"),
+        ("benchmark.py", ["quick=maybe"], "quick is 'maybe', accepted are true and false"),
+        ("benchmark.py", ["seeds=1000000000000"], "at most 10000 is accepted"),
+        ("reproduce_paper.py", ["limits=[abc]"], "limits: 'abc' is not a violation rate"),
+        ("reproduce_paper.py", ["policies=[]"], "policies is []"),
+        ("reproduce_paper.py", ["seed=-1"], "seed is -1, a whole number of at least 0"),
+        ("reproduce_paper.py", ["curve_per_s=[-1]"], "curve_per_s: an entry is -1, a positive number"),
+        ("reproduce_paper.py", ["sensitivity_of=[nope]"], "unknown workload 'nope'"),
         ("headroom.py", ["--only", "test-code"], "no training scenario 'test-code' in suite 'v1'"),
         ("headroom.py", ["--suite", "v9"], "unknown suite 'v9'"),
         ("reproduce_paper.py", ["limits=[]"], "limits is"),
@@ -115,6 +126,22 @@ def test_a_mistake_is_one_sentence(script, arguments, said, tmp_path):
     done = run(script, *arguments, *where)
     assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_constants_tuned_on_another_scenario_of_the_same_name_are_not_taken_over(tmp_path, monkeypatch):
+    effort = headroom.Effort(1, 1, 20.0, 2, 20.0, 1, 1)
+    tuned_on = []
+    monkeypatch.setattr(headroom, "held_reward", lambda scenario, *_: tuned_on.append(scenario.identity) or 0.0)
+    one, other = (build_scenario({"episode_s": 20.0, "warmup_s": 5.0, "slo": slo}) for slo in ("medium", "loose"))
+    with ThreadPoolExecutor(1) as threads:
+        for scenario, again in ((one, 10), (one, 0), (other, 10)):
+            tuned_on.clear()
+            tuner = headroom.Tuner(effort, 0, tmp_path / "tuned.json", lambda *_: None, threads)
+            tuner.tune("here", {"conv": scenario}, ["gate_batch"], [ooco_knobs()])
+            assert set(tuned_on) == ({scenario.identity} if again else set()) and len(tuned_on) >= again
+    (tmp_path / "tuned.json").write_text("[]")
+    with pytest.raises(OocoError, match="is damaged; delete it"):
+        headroom.Tuner(effort, 0, tmp_path / "tuned.json", lambda *_: None, threads)
 
 
 @pytest.mark.slow
@@ -140,7 +167,7 @@ def test_headroom_goes_on_where_it_was_interrupted(tmp_path):
 
 @pytest.mark.slow
 def test_the_papers_figure_in_a_small_form(tmp_path):
-    small = ["policies=[base-pd,ooco]", "limits=[0.03]", "curve_per_s=[1.0,4.0]", "precision=0.3"]
+    small = ["policies=[base-pd,ooco]", "limits=[0.03,0.0]", "curve_per_s=[1.0,4.0]", "precision=0.3"]
     arguments = [
         *small,
         *SHORT,
@@ -156,6 +183,9 @@ def test_the_papers_figure_in_a_small_form(tmp_path):
     rows = results["workloads"]["ooc-like"]["policies"]
     assert rows["ooco"]["published_per_s"] == 3.0 and len(rows["ooco"]["curve"]) == 2
     assert rows["ooco"]["capacity_per_s"]["0.03"]["value"] < results["workloads"]["ooc-like"]["bound_requests_per_s"]
+    capacity = {float(limit): found["value"] for limit, found in rows["base-pd"]["capacity_per_s"].items()}
+    assert capacity[0.0] <= capacity[0.03]
     probes = (tmp_path / "probes.jsonl").read_text()
     again = run("reproduce_paper.py", *arguments)
     assert again.returncode == 0 and (tmp_path / "probes.jsonl").read_text() == probes  # nothing was tried twice
+    assert json.loads((tmp_path / "results.json").read_text()) == results

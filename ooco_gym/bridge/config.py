@@ -146,6 +146,8 @@ def parse_config(values: Any, environment: Mapping[str, str] | None = None) -> B
     roles = {instance.role for instance in instances}
     if connector != "none" and roles != set(ROLES):
         raise OocoError(f"connector is '{connector}', which needs at least one relaxed and one strict instance")
+    if top.get("pull") is False:
+        top = {**top, "pull": "off"}  # as YAML reads the word
     pull = _choice(top, "pull", PULLS, "auto")
     if pull == "handover" and connector == "none":
         raise OocoError("pull is 'handover', which needs a connector (example or nixl)")
@@ -310,7 +312,10 @@ def _secret(values: Mapping[str, Any], key: str, environment: Mapping[str, str])
     if name is None:
         return None
     if not isinstance(name, str) or not name.isidentifier():
-        raise OocoError(f"{key} is {name!r}, the name of an environment variable is needed")
+        # Not repeated: what stands there may be the secret itself.
+        raise OocoError(
+            f"{key} is not the name of an environment variable, which is needed: the secret is read from it"
+        )
     secret = environment.get(name, "").strip()
     if not secret:
         raise OocoError(f"{key} names the environment variable {name}, which is not set or empty")

@@ -34,6 +34,7 @@ class Second:
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     violations: int = 0
+    judged: int = 0
     finished: int = 0
     output_tokens: int = 0
 
@@ -83,6 +84,7 @@ class Window:
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     violations: int = 0
+    judged: int = 0  # online requests of which it became known whether they violate
     finished: int = 0
     output_tokens: int = 0
 
@@ -115,7 +117,8 @@ class Ledger:
         entry = self.ring[second % RING_SECONDS]
         if entry.second != second:
             entry.second = second
-            entry.arrivals = entry.prompt_tokens = entry.violations = entry.finished = entry.output_tokens = 0
+            entry.arrivals = entry.prompt_tokens = entry.finished = entry.output_tokens = 0
+            entry.violations = entry.judged = 0
             entry.prefill_s = 0.0
         return entry
 
@@ -190,6 +193,7 @@ class Ledger:
         if request.late:
             return
         totals.judged += 1
+        entry.judged += 1
         if request.stream:
             if tpot_s > self.tpot_slo_s:
                 totals.tpot_violations += 1
@@ -213,7 +217,9 @@ class Ledger:
         if how == "failed" and not request.late:
             totals.judged += 1
             totals.deadline_violations += 1
-            self._second(now_s).violations += 1
+            entry = self._second(now_s)
+            entry.judged += 1
+            entry.violations += 1
 
     def _book_late_firsts(self, now_s: float) -> None:
         """TTFT violations that have become certain, each booked in the second in which it did."""
@@ -225,7 +231,9 @@ class Ledger:
             self.totals.ttft_violations += 1
             self.totals.judged += 1
             request.late = True
-            self._second_at(due_s).violations += 1
+            entry = self._second_at(due_s)
+            entry.judged += 1
+            entry.violations += 1
 
     def _second_at(self, when_s: float) -> Second:
         entry = self.ring[int(when_s) % RING_SECONDS]
@@ -244,6 +252,7 @@ class Ledger:
                 window.prompt_tokens += entry.prompt_tokens
                 window.prefill_s += entry.prefill_s
                 window.violations += entry.violations
+                window.judged += entry.judged
                 window.finished += entry.finished
                 window.output_tokens += entry.output_tokens
         return window

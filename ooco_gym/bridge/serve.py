@@ -58,6 +58,7 @@ class Bridge:
         observe(read(self.scheduler, self.scheduler.placement.knobs))  # compiled before the first decision is timed
         metrics = exporter(self.scheduler, self.control, self.stored)
         self.gateway = Gateway(config, self.scheduler, self.control, metrics, lambda: status(self), page())
+        self._logged_up: dict[int, bool] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._runner_task: asyncio.Task[None] | None = None
         self.app = self.gateway.app(self._lifespan, self._job_routes())
@@ -114,10 +115,10 @@ class Bridge:
         session = self.scheduler.forwarder.session
         assert session is not None
         key = self.config.upstream_key
-        was_up = instance.up
         headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
         await instance.probe(session, self.config.timeouts, headers)
-        if instance.up != was_up:
+        if instance.up != self._logged_up.get(instance.index):  # a request may have found it dead since the last probe
+            self._logged_up[instance.index] = instance.up
             words = "instance is up" if instance.up else "instance is down"
             log.warning(words, extra={"instance": instance.config.url, "why": instance.scrape_error})
         self.scheduler.after_scrape(instance)
@@ -185,6 +186,18 @@ class Server(uvicorn.Server):
         return int(self.servers[0].sockets[0].getsockname()[1])
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address; raises OocoError where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise OocoError(f"listen: {host}:{port} cannot be used: {error.strerror or error}") from None
+    return listener
+
+
 def make_server(bridge: Bridge) -> Server:
     listen = bridge.config.listen
     return Server(
@@ -247,11 +260,13 @@ def main(settings: Mapping[str, Any]) -> None:
         raise OocoError(f"policy is {source!r}, a folder or ooco is needed")
     config = load_config(config_path, rest)
     policy = resolve_policy(source)
+    listener = bound(config.listen.host, config.listen.port)  # before the store is opened
     set_up_logging()
     bridge = Bridge(config, policy)
-    print(f"policy {policy.name}{' (dry run: nothing is enforced)' if config.dry_run else ''}", file=sys.stderr)
-    for note in bridge.notes:
-        print(f"note: {note}", file=sys.stderr)
+    if sys.stderr.isatty():  # the log has the same for programs
+        print(f"policy {policy.name}{' (dry run: nothing is enforced)' if config.dry_run else ''}", file=sys.stderr)
+        for note in bridge.notes:
+            print(f"note: {note}", file=sys.stderr)
     gc.collect()
     gc.freeze()  # the compiler's hundreds of thousands of objects: walking them again would stop streams for 100 ms
     server = make_server(bridge)
@@ -259,9 +274,7 @@ def main(settings: Mapping[str, Any]) -> None:
         f"listening on http://{config.listen.host}:{port}", file=sys.stderr, flush=True
     )
     with suppress(KeyboardInterrupt):
-        server.run()
-    if not server.started:
-        raise OocoError(f"listen: {config.listen.host}:{config.listen.port} cannot be used, see the log above")
+        server.run(sockets=[listener])
 
 
 __all__ = ["Bridge", "Server", "main", "make_server"]

@@ -51,8 +51,8 @@ def status(bridge: Bridge) -> dict[str, Any]:
         "attainment": {
             "ttft_slo_s": slo.ttft_s,
             "tpot_slo_s": slo.tpot_s,
-            "last_60s": _attainment(minute.arrivals, minute.violations),
-            "last_300s": _attainment(five.arrivals, five.violations),
+            "last_60s": _attainment(minute.judged, minute.violations),
+            "last_300s": _attainment(five.judged, five.violations),
             "since_start": _attainment(totals.judged, totals.violations),
             **ledger.quantiles_s(),
         },
@@ -71,10 +71,10 @@ def status(bridge: Bridge) -> dict[str, Any]:
     }
 
 
-def _attainment(arrivals: int, violations: int) -> dict[str, Any]:
-    """Share of online requests within their objectives; None before there was one."""
-    share = max(1.0 - violations / arrivals, 0.0) if arrivals else None
-    return {"requests": arrivals, "violations": violations, "share": share}
+def _attainment(judged: int, violations: int) -> dict[str, Any]:
+    """Share within the objectives, of the online requests of which it is known; None before there was one."""
+    share = max(1.0 - violations / judged, 0.0) if judged else None
+    return {"requests": judged, "violations": violations, "share": share}
 
 
 def _pool(bridge: Bridge, role: str) -> list[dict[str, Any]]:

@@ -95,16 +95,23 @@ class Prober:
         self.policy, self.scenario, self.seeds = policy, scenario, list(seeds)
         self.control_interval_s, self.memory, self.key, self.on_probe = control_interval_s, memory, key, on_probe
         self.known = {probe.rate_per_s: probe for probe in self._remembered()}
+        self.asked: dict[float, Probe] = {}  # not all that is remembered: a resumed search gives the same interval
 
     def __call__(self, rate_per_s: float) -> Probe:
         if rate_per_s not in self.known:
-            probe = self.known[rate_per_s] = self._try(rate_per_s)
+            self.known[rate_per_s] = self._try(rate_per_s)
             if self.memory is not None:
+                entry = {"key": self.key, "seeds": self.seeds, **asdict(self.known[rate_per_s])}
                 with self.memory.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": self.key, "seeds": self.seeds, **asdict(probe)}) + "\n")
+                    file.write(json.dumps(entry) + "\n")
+        probe = self.asked[rate_per_s] = self.known[rate_per_s]
         if self.on_probe is not None:
-            self.on_probe(self.known[rate_per_s])
-        return self.known[rate_per_s]
+            self.on_probe(probe)
+        return probe
+
+    def largest_sustained(self, limit: float) -> float:
+        """The largest rate asked for so far that is sustained at the limit; 0 without one."""
+        return max((rate for rate, probe in self.asked.items() if probe.is_sustained(limit)), default=0.0)
 
     def _try(self, rate_per_s: float) -> Probe:
         scenario = self.scenario.with_offline_rate(rate_per_s)
@@ -121,12 +128,14 @@ class Prober:
     def _remembered(self) -> Iterator[Probe]:
         if self.memory is None or not self.memory.is_file():
             return
-        for line in self.memory.read_text(encoding="utf-8").splitlines():
+        for line in self.memory.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
                 if entry.pop("key") == self.key and entry.pop("seeds") == self.seeds:
-                    rate_per_s = entry.pop("rate_per_s")
-                    yield Probe(rate_per_s, **{name: tuple(values) for name, values in entry.items()})
+                    rate_per_s = float(entry.pop("rate_per_s"))
+                    counts = {name: tuple(int(value) for value in values) for name, values in entry.items()}
+                    if all(len(values) == len(self.seeds) for values in counts.values()):
+                        yield Probe(rate_per_s, **counts)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # the line that an interrupted run left unfinished
 
@@ -164,7 +173,7 @@ def find_capacity(
             low = middle
         else:
             high = middle
-    probes = tuple(sorted(prober.known.values(), key=lambda probe: probe.rate_per_s))
+    probes = tuple(sorted(prober.asked.values(), key=lambda probe: probe.rate_per_s))
     draws = _resample(probes, limit, len(prober.seeds))
     return Capacity(limit, _interval(draws, low), _bound(prober, limit, high), probes, draws)
 

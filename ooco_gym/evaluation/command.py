@@ -88,6 +88,14 @@ def positive(value: Any, what: str) -> float:
     return float(value)
 
 
+def flag(settings: Mapping[str, Any], key: str) -> bool:
+    """True or false; raises OocoError otherwise, since any other word would count as true."""
+    value = settings[key]
+    if not isinstance(value, bool):
+        raise OocoError(f"{key} is {value!r}, accepted are true and false")
+    return value
+
+
 def control_interval(settings: Mapping[str, Any]) -> float:
     """The control interval, seconds; raises OocoError unless it is positive and at most the episode."""
     interval_s = positive(settings["control_interval_s"], "control_interval_s")

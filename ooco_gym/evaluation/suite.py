@@ -48,8 +48,10 @@ def tuned_policy(tuned: str, level: str, deployment: str) -> ConstantPolicy:
     """The constants that ``conf/tuned/NAME.yaml`` holds for a deployment; one vector for all where level is
     tuned-global. Raises OocoError where it has none."""
     table = presets.load("tuned", tuned).get(level, {})
+    if not isinstance(table, Mapping):
+        raise OocoError(f"tuned '{tuned}': {level} is {table!r}, a mapping is needed")
     knobs = table if level == "tuned-global" else table.get(deployment)
-    if not knobs:
+    if not isinstance(knobs, Mapping) or not knobs:
         raise OocoError(
             f"tuned '{tuned}': no {level} for the deployment '{deployment}'; known are {'; '.join(map(str, table))}"
         )

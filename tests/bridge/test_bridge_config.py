@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ pytest.importorskip("starlette", reason="the bridge extra is not installed")
 from ooco_gym.bridge.__main__ import main
 from ooco_gym.bridge.config import load_config, parse_config
 from ooco_gym.bridge.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS, not_enforced
+from ooco_gym.bridge.serve import bound
 from ooco_gym.cluster.control import KNOB_NAMES, check_rules
 from ooco_gym.errors import OocoError
 
@@ -72,7 +74,7 @@ def test_counts_and_keys_are_taken_over():
         ({"dry_run": "yes"}, "dry_run is 'yes'"),
         ({"decision_log": 3}, "decision_log is 3"),
         ({"api_key_env": "NOT_SET"}, "api_key_env names the environment variable NOT_SET, which is not set"),
-        ({"api_key_env": "a b"}, "api_key_env is 'a b'"),
+        ({"api_key_env": "a b"}, "api_key_env is not the name"),
         ({"api_key": "x"}, "api_key is an unknown key"),
     ],
 )
@@ -137,3 +139,25 @@ def test_help_teaches(capsys):
     assert main(["--help"]) == 0 and main(["serve", "--help"]) == 0
     out = capsys.readouterr().out
     assert "export" in out and "explain" in out and "config=cluster.yaml" in out and "role: relaxed" in out
+
+
+def test_pull_off_as_yaml_reads_it(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("instances: [{url: 'http://127.0.0.1:1', role: relaxed}]\npull: off\n")
+    assert load_config(path).pull_mode == "off"
+
+
+def test_what_may_be_a_secret_is_not_repeated(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text("instances: [{url: 'http://127.0.0.1:1', role: relaxed}]\napi_key_env: sk-secret\n")
+    with pytest.raises(OocoError, match="api_key_env is not the name") as caught:
+        load_config(path)
+    assert "sk-secret" not in str(caught.value)
+
+
+def test_an_address_that_is_taken_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OocoError, match=r"listen: 127\.0\.0\.1:\d+ cannot be used: Address already in use"):
+            bound("127.0.0.1", taken.getsockname()[1])

@@ -109,7 +109,8 @@ def test_the_command_serves_says_what_it_does_not_enforce_and_ends_in_order(tmp_
         process.send_signal(signal.SIGTERM)
         seen += process.stderr.readlines()
         assert process.wait(10) == 0
-    assert any(line.startswith("note: knob prefill_chunk is not enforced: ") for line in seen)
-    logged = [json.loads(line) for line in seen if line.startswith("{")]
+    logged = [json.loads(line) for line in seen if not line.startswith("listening on ")]
+    assert any(entry.get("note", "").startswith("knob prefill_chunk is not enforced: ") for entry in logged)
+    assert "instance is down" in {entry["event"] for entry in logged}
     assert {"serving", "shutting down", "stopped"} <= {entry["event"] for entry in logged}
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT.*Z", entry["time"]) for entry in logged)

@@ -17,15 +17,15 @@ class Known:
     """Violations grow with the rate and cross 3 % at ``edge``; completions stop at ``most``."""
 
     def __init__(self, edge, most=1e9, episodes=8):
-        self.edge, self.most, self.seeds, self.known = edge, most, list(range(episodes)), {}
+        self.edge, self.most, self.seeds, self.asked = edge, most, list(range(episodes)), {}
 
     def __call__(self, rate):
         n = len(self.seeds)
         spread = np.linspace(0.9, 1.1, n)
         violations = tuple(int(v) for v in 3000 * spread * (rate / self.edge) ** 2)
         finished = int(10_000 * min(1.0, self.most / rate))
-        self.known[rate] = Probe(rate, violations, (100_000,) * n, (10_000,) * n, (finished,) * n)
-        return self.known[rate]
+        self.asked[rate] = Probe(rate, violations, (100_000,) * n, (10_000,) * n, (finished,) * n)
+        return self.asked[rate]
 
 
 @pytest.mark.parametrize("edge", [0.05, 0.8, 1.0, 37.0])
