@@ -67,8 +67,8 @@ def arguments() -> argparse.Namespace:
         help="name in conf/workload, synthetic or a real trace (azure-conv)",
     )
     parser.add_argument("--offline", default="sharegpt-8k", help="name in conf/offline, for the lengths (sharegpt-8k)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the slice (60)")
-    parser.add_argument("--rate", type=float, default=2.0, help="online requests per second (2)")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of the slice (45)")
+    parser.add_argument("--rate", type=float, default=1.5, help="online requests per second (1.5)")
     parser.add_argument(
         "--length-scale", type=float, default=0.2, help="on all lengths, for a context of 4,096 tokens (0.2)"
     )

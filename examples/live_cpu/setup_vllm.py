@@ -70,8 +70,12 @@ def ensure_vllm() -> Path:
     _pip(python, "what vLLM needs to serve text", "--no-deps", "--requirement", str(REQUIREMENTS))
     # torch's GPU compiler takes 1 GB and is never used on a CPU.
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "triton"], check=False, capture_output=True)
-    if subprocess.run([python, "-c", "import vllm.entrypoints.openai.api_server"], capture_output=True).returncode:
-        raise SetupError(f"vLLM was installed into {FOLDER} but cannot be imported: {python} -c 'import vllm' says why")
+    check = [python, "-c", "import vllm.entrypoints.openai.api_server"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    if done.returncode:
+        raise SetupError(
+            f"vLLM was installed into {FOLDER} but its server says: {done.stderr.strip().splitlines()[-1]}"
+        )
     (FOLDER / ".complete").write_text(_wanted())
     print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
     return python
