@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
         ("experiments/compare.py", ["loads=[-1]"], ["-1", "positive"]),
         ("experiments/compare.py", ["workloads=azure-conv"], ["workloads is 'azure-conv'", "workloads=[...]"]),
         ("experiments/compare.py", ["policies=[]"], ["policies is []", "at least one"]),
-        ("experiments/compare.py", ["policies=[ooco,ooco]"], ["two are called 'ooco'", "{policy: FOLDER, name: ANOTHER}"]),
+        ("experiments/compare.py", ["policies=[ooco,ooco]"], ["two are called 'ooco'", "{policy: FOLDER, name: ANOTH"]),
         ("experiments/compare.py", ["control_interval_s=0"], ["control_interval_s is 0", "positive"]),
         ("experiments/compare.py", ["episode_s=1e9"], ["requests in an episode", "at most"]),
         ("train.py", ["evaluation.episodes=0"], ["evaluation.episodes is 0", "at least 1"]),
