@@ -70,7 +70,7 @@ def ensure_vllm() -> Path:
     _pip(python, "what vLLM needs to serve text", "--no-deps", "--requirement", str(REQUIREMENTS))
     # torch's GPU compiler takes 1 GB and is never used on a CPU.
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "triton"], check=False, capture_output=True)
-    check = [python, "-c", "import vllm.entrypoints.openai.api_server"]
+    check = [str(python), "-c", "import vllm.entrypoints.openai.api_server"]
     done = subprocess.run(check, capture_output=True, text=True)
     if done.returncode:
         raise SetupError(
