@@ -69,16 +69,15 @@ def _changed(entry: Mapping[str, Any]) -> Policy:
 def resolve_all(entries: Sequence[Any]) -> list[Policy]:
     """All of them; raises OocoError where two have one name."""
     policies = [resolve(entry) for entry in entries]
-    names = [policy.name for policy in policies]
-    for name in names:
-        if names.count(name) > 1:
-            raise OocoError(twice(name))
+    refuse_twice([policy.name for policy in policies])
     return policies
 
 
-def twice(name: str) -> str:
-    """What to say where two policies have one name."""
-    return (
-        f"policies: two are called '{name}', rename one as {{baseline: NAME, name: ANOTHER}} or "
-        "{policy: FOLDER, name: ANOTHER}; a copied baseline has a name= of its own to change in its file"
-    )
+def refuse_twice(names: Sequence[str]) -> None:
+    """Raises OocoError where two policies of a comparison have one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise OocoError(
+                f"policies: two are called '{name}', rename one as {{baseline: NAME, name: ANOTHER}} or "
+                f"{{policy: FOLDER, name: ANOTHER}}; a copied baseline has a name= of its own to change in its file"
+            )

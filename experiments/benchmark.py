@@ -87,10 +87,7 @@ def contenders(entries: Sequence[Any]) -> list[Contender]:
         bare = {key: value for key, value in entry.items() if key != "shape"} if shape else entry
         policy = baselines.resolve(bare)
         found.append(Contender(policy.name, policy, shape))
-    names = [contender.name for contender in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise OocoError(baselines.twice(name))
+    baselines.refuse_twice([contender.name for contender in found])
     return found
 
 

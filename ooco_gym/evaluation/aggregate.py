@@ -65,7 +65,7 @@ class Results:
             useful, violations, requests = (
                 np.take_along_axis(values, episodes[None], axis=2) for values in (useful, violations, requests)
             )
-        late = violations.sum(2) / np.maximum(requests.sum(2), 1.0)
+        late = _pooled(violations, requests)
         share: Array = useful.mean(2) / np.where(self.bounds > 0, self.bounds, np.inf)
         return np.where(late <= FEASIBLE_VIOLATION_RATE, share, 0.0)
 
@@ -88,6 +88,12 @@ class Results:
             self.requests[:, kept],
             self.bounds[kept],
         )
+
+
+def _pooled(violations: Array, requests: Array) -> Array:
+    """Violation rates pooled over episodes, [policies, scenarios]."""
+    rates: Array = violations.sum(2) / np.maximum(requests.sum(2), 1.0)
+    return rates
 
 
 def interquartile_mean(scores: Array) -> Array:
@@ -116,7 +122,7 @@ def aggregate(results: Results, reference: str) -> dict[str, Aggregate]:
     scores, draws = results.scores(), results.draws()
     middle, middles = interquartile_mean(scores), interquartile_mean(draws)
     base = results.policies.index(reference)
-    late = results.violations.sum(2) / np.maximum(results.requests.sum(2), 1.0)
+    late = _pooled(results.violations, results.requests)
     return {
         name: Aggregate(
             int((late[index] <= FEASIBLE_VIOLATION_RATE).sum()),
