@@ -23,10 +23,9 @@ import baselines
 from ooco_gym.cluster import Outcome
 from ooco_gym.cluster.outcome import FEASIBLE_VIOLATION_RATE
 from ooco_gym.errors import OocoError
-from ooco_gym.evaluation import episode_seeds, run_episodes
+from ooco_gym.evaluation import Case, Comparison, episode_seeds, run_episodes
 from ooco_gym.evaluation.admission import Admission
 from ooco_gym.evaluation.aggregate import Aggregate, Results, aggregate
-from ooco_gym.evaluation.bound import offline_bound
 from ooco_gym.evaluation.command import (
     compile_kernel,
     control_interval,
@@ -41,7 +40,6 @@ from ooco_gym.evaluation.command import (
 )
 from ooco_gym.evaluation.figures import plot_profiles, plot_scores
 from ooco_gym.evaluation.report import write_json
-from ooco_gym.evaluation.statistics import is_feasible, summarise
 from ooco_gym.evaluation.suite import Entry, load_suite, tuned_policy
 from ooco_gym.policy import Policy
 from ooco_gym.scenario import Scenario, build_scenario
@@ -106,46 +104,29 @@ class Bench:
 
     def add(self, entry: Entry, admission: Admission, progress: Progress) -> None:
         """Run every contender on one more scenario."""
-        scenario, cells = admission.scenario, []
-        bound = offline_bound(scenario, self.seeds)
+        scenario = admission.scenario
+        name, rate_scale = scenario.online.name, admission.rate_scale
+        case = Case(scenario, name, entry.load, rate_scale, entry.role, admission.violation_rate)
+        comparison = Comparison(case, self.seeds)
         task = progress.add_task(entry.name, total=len(self.contenders) * len(self.seeds))
         for contender in self.contenders:
             policy, where = contender.on(entry, scenario, self.tuned)
             tick = partial(progress.advance, task)
-            cells.append(run_episodes(policy, where, self.seeds, self.control_interval_s, tick))
-            self.rows.append(_row(contender, entry, admission, bound.useful, cells[-1]))
+            outcomes = run_episodes(policy, where, self.seeds, self.control_interval_s, tick)
+            comparison.outcomes[contender.name] = outcomes
         progress.remove_task(task)
+        rows = comparison.rows()
+        for contender, row in zip(self.contenders, rows, strict=True):
+            self.rows.append({"scenario": entry.name, "shape": contender.shape or "pools", **row})
         self.entries.append(entry)
-        self.outcomes.append(cells)
-        self.bounds.append(bound.useful)
+        self.outcomes.append(list(comparison.outcomes.values()))
+        self.bounds.append(rows[0]["useful_bound"])
 
     def results(self, role: str | None = None) -> Results:
         """Of all scenarios, or of those with a role."""
         names = [contender.name for contender in self.contenders]
         whole = Results.of(names, [entry.name for entry in self.entries], self.outcomes, self.bounds)
         return whole.chosen([entry.name for entry in self.entries if role in (None, entry.role)])
-
-
-def _row(
-    contender: Contender, entry: Entry, admission: Admission, bound: float, outcomes: Sequence[Outcome]
-) -> dict[str, Any]:
-    summary = summarise(outcomes)
-    row = {
-        "policy": contender.name,
-        "shape": contender.shape or "pools",
-        "scenario": entry.name,
-        "role": entry.role,
-        "load": entry.load,
-        "rate_scale": admission.rate_scale,
-        "feasible": is_feasible(summary),
-        "useful_bound": bound,
-        "rejected_offline": sum(outcome.rejected_offline for outcome in outcomes),
-        "rejected_online": sum(outcome.rejected_online for outcome in outcomes),
-    }
-    for metric, estimate in summary.items():
-        row[metric] = estimate.value
-        row[f"{metric}_ci95"] = [estimate.low, estimate.high]
-    return row
 
 
 def score_table(results: Results, rows: Sequence[Mapping[str, Any]], title: str) -> Table:
@@ -159,9 +140,8 @@ def score_table(results: Results, rows: Sequence[Mapping[str, Any]], title: str)
         cells = []
         for name in results.scenarios:
             row = found[policy, name]
-            share = 100 * row["offline_ideal_s_per_instance_s"] / max(row["useful_bound"], 1e-9)
             late = f"[red]late {100 * row['violation_rate']:.0f}[/red]"
-            cells.append(f"{share:.0f}" if row["feasible"] else late)
+            cells.append(f"{100 * row['share_of_bound']:.0f}" if row["feasible"] else late)
         table.add_row(policy, *cells)
     return table
 
