@@ -32,7 +32,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ooco_gym.bridge.__main__ import settings as parse_settings
+from ooco_gym.bridge.arguments import nested as parse_settings
 from ooco_gym.errors import OocoError
 
 #: Name of a part -> module beside this file whose ``run(settings, console)`` returns its results; its ``DEFAULTS`` are

@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ooco_gym.errors import OocoError
 
@@ -60,29 +56,14 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` arguments as a nested mapping; raises OocoError on anything else."""
-    for argument in arguments:
-        if "=" not in argument.lstrip("="):
-            raise OocoError(f"argument '{argument}' is not understood, key=value is needed")
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)), resolve=True)
-    except OmegaConfBaseException as error:
-        raise OocoError(f"arguments: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # the YAML parser's own errors
-        raise OocoError(f"arguments: not understood ({' '.join(str(error).split())})") from None
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
 def _export(arguments: list[str]) -> int:
-    from ooco_gym.bridge import export
+    from ooco_gym.bridge.exports import export
 
     return int(export.export_command(arguments))
 
 
 def _explain(arguments: list[str]) -> int:
-    from ooco_gym.bridge import explain
+    from ooco_gym.bridge.exports import explain
 
     return int(explain.explain_command(arguments))
 
@@ -91,9 +72,10 @@ def _serve(arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(HELP, end="")
         return 0
-    from ooco_gym.bridge import serve
+    from ooco_gym.bridge.arguments import nested
+    from ooco_gym.bridge.gateway import serve
 
-    serve.main(settings(arguments))
+    serve.main(nested(arguments))
     return 0
 
 

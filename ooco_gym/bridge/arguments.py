@@ -1,6 +1,7 @@
 """Command lines of the form ``COMMAND PATH... key=value...``, and mistakes in them told in one sentence.
 
-Values are taken as they are written: most are names of files, and a folder called 007 or null is none other.
+``parse`` takes values as they are written: most are names of files, and a folder called 007 or null is none other.
+``nested`` reads them as YAML, because they are keys of the cluster file.
 """
 
 from __future__ import annotations
@@ -8,6 +9,10 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ooco_gym.errors import OocoError
 
@@ -32,6 +37,21 @@ def parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], di
             raise OocoError(f"{key}= is given {'twice' if key in settings else 'no value'}, {key}=VALUE is needed once")
         settings[key] = value
     return paths, settings
+
+
+def nested(arguments: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` arguments as a nested mapping; raises OocoError on anything else."""
+    for argument in arguments:
+        if "=" not in argument.lstrip("="):
+            raise OocoError(f"argument '{argument}' is not understood, key=value is needed")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise OocoError(f"arguments: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the YAML parser's own errors
+        raise OocoError(f"arguments: not understood ({' '.join(str(error).split())})") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def choice(settings: Mapping[str, str], key: str, choices: Sequence[str]) -> str:

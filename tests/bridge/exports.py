@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ooco_gym.bridge.export import Source, export_policy
+from ooco_gym.bridge.exports.export import Source, export_policy
 from ooco_gym.cluster.control import KNOB_COUNT, KNOBS
 from ooco_gym.cluster.observation import ENTRIES, OBSERVATION_SIZE, observation_bounds
 from ooco_gym.cluster.telemetry import FIELD_NAMES, Telemetry

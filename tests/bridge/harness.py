@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from ooco_gym.bridge.config import parse_config
-from ooco_gym.bridge.serve import Bridge, make_server
+from ooco_gym.bridge.gateway.config import parse_config
+from ooco_gym.bridge.gateway.serve import Bridge, make_server
 from ooco_gym.policy import ConstantPolicy
 
 SCENARIO = {"model": "qwen2.5-7b", "hardware": "a100", "slo": {"ttft_s": 0.5, "tpot_s": 0.05}}

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("starlette", reason="the bridge extra is not installed")
 from ooco_gym.bridge.__main__ import main
-from ooco_gym.bridge.config import load_config, parse_config
-from ooco_gym.bridge.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS, not_enforced
-from ooco_gym.bridge.serve import bound
+from ooco_gym.bridge.gateway.config import load_config, parse_config
+from ooco_gym.bridge.gateway.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS, not_enforced
+from ooco_gym.bridge.gateway.serve import bound
 from ooco_gym.cluster.control import KNOB_NAMES, check_rules
 from ooco_gym.errors import OocoError
 
@@ -128,7 +128,7 @@ def test_command_line_mistakes_are_one_sentence(arguments, says, capsys):
 
 def test_serving_needs_no_torch_agents_or_baselines():
     code = (
-        "import sys, ooco_gym.bridge.serve; "
+        "import sys, ooco_gym.bridge.gateway.serve; "
         "print([name for name in ('torch', 'agents', 'baselines', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,8 +15,8 @@ pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
 from fake_upstream import FakeUpstream, upstreams
 from harness import config_for, gateway
 
-from ooco_gym.bridge.config import parse_config
-from ooco_gym.bridge.serve import Bridge
+from ooco_gym.bridge.gateway.config import parse_config
+from ooco_gym.bridge.gateway.serve import Bridge
 from ooco_gym.cluster.control import KNOB_NAMES, check_rules, ooco_knobs
 from ooco_gym.cluster.observation import observe
 from ooco_gym.cluster.telemetry import Telemetry
@@ -144,7 +144,7 @@ def test_a_defect_in_a_step_does_not_end_the_loop(monkeypatch):
             placement = client.scheduler.placement
             await client.until(lambda: placement.knobs["gate_batch"] == 3.0)
             with monkeypatch.context() as patch:
-                patch.setattr("ooco_gym.bridge.control.read", lambda *_: 1 / 0)
+                patch.setattr("ooco_gym.bridge.gateway.control.read", lambda *_: 1 / 0)
                 await client.until(lambda: placement.knobs["gate_batch"] == 1.0)
             await client.until(lambda: placement.knobs["gate_batch"] == 3.0)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ooco_gym.bridge import deployed as loading
-from ooco_gym.bridge import manifest as schema
-from ooco_gym.bridge.deployed import DeployedNetwork, load_deployed, named
+from ooco_gym.bridge.exports import deployed as loading
+from ooco_gym.bridge.exports import manifest as schema
+from ooco_gym.bridge.exports.deployed import DeployedNetwork, load_deployed, named
 from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES, ooco_knobs
 from ooco_gym.cluster.observation import OBSERVATION_SIZE
 from ooco_gym.errors import OocoError
@@ -99,7 +99,7 @@ def test_no_training_library_is_needed(tmp_path):
     telemetry.write_text(json.dumps(record(5).to_dict()))
     done = alone(
         "import json\n"
-        "from ooco_gym.bridge.deployed import load_deployed, named\n"
+        "from ooco_gym.bridge.exports.deployed import load_deployed, named\n"
         "from ooco_gym.cluster.telemetry import Telemetry\n"
         "telemetry = Telemetry.from_dict(json.load(open(sys.argv[1])))\n"
         "policies = [*map(load_deployed, sys.argv[2:]), named('ooco')]\n"
@@ -120,7 +120,7 @@ def test_no_training_library_is_needed(tmp_path):
 def test_a_constant_needs_no_onnxruntime_and_a_network_says_that_it_does(tmp_path):
     net, _ = export_of("network", tmp_path / "network")
     constant, _ = export_of("constant", tmp_path / "constant")
-    code = "from ooco_gym.bridge.deployed import load_deployed\nprint(load_deployed(sys.argv[1]).name)"
+    code = "from ooco_gym.bridge.exports.deployed import load_deployed\nprint(load_deployed(sys.argv[1]).name)"
     done = alone(code, constant, hidden=f"{HIDDEN} onnxruntime")
     assert (done.returncode, done.stdout) == (0, "patient\n"), done.stderr
     done = alone(code, net, hidden=f"{HIDDEN} onnxruntime")

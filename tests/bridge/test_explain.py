@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from ooco_gym.bridge import explain as explaining
-from ooco_gym.bridge.deployed import load_deployed
-from ooco_gym.bridge.explain import explain_command
-from ooco_gym.bridge.explanation import explain
-from ooco_gym.bridge.words import KNOB_UNITS, in_words, knob_in_words
+from ooco_gym.bridge.exports import explain as explaining
+from ooco_gym.bridge.exports.deployed import load_deployed
+from ooco_gym.bridge.exports.explain import explain_command
+from ooco_gym.bridge.exports.explanation import explain
+from ooco_gym.bridge.exports.words import KNOB_UNITS, in_words, knob_in_words
 from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES, KNOBS, ooco_action, ooco_knobs
 from ooco_gym.cluster.observation import OBSERVATION_NAMES, OBSERVATION_SIZE
 from ooco_gym.cluster.telemetry import FIELD_NAMES, FIELDS, FIRST_KNOB

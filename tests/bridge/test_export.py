@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import ooco_gym
-from ooco_gym.bridge import export
-from ooco_gym.bridge.deployed import load_deployed
-from ooco_gym.bridge.export import Source, export_command, export_policy, parity, probes, source_from_folder
+from ooco_gym.bridge.exports import export
+from ooco_gym.bridge.exports.deployed import load_deployed
+from ooco_gym.bridge.exports.export import Source, export_command, export_policy, parity, probes, source_from_folder
 from ooco_gym.cluster.control import KNOB_COUNT, KNOB_NAMES, KNOBS, action_to_knobs
 from ooco_gym.cluster.observation import OBSERVATION_NAMES, OBSERVATION_SIZE, observation_bounds
 from ooco_gym.errors import OocoError
@@ -283,7 +283,9 @@ def test_a_baseline_by_name(tmp_path, capsys):
 
 
 def test_a_baseline_outside_a_checkout(tmp_path):
-    code = "import sys; from ooco_gym.bridge.export import export_command; sys.exit(export_command(sys.argv[1:]))"
+    code = (
+        "import sys; from ooco_gym.bridge.exports.export import export_command; sys.exit(export_command(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", f"import sys; sys.modules['baselines'] = None; {code}", "baseline=ooco"],
         cwd=tmp_path,

@@ -7,13 +7,13 @@ import math
 import pytest
 
 pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
-from ooco_gym.bridge.config import parse_config
-from ooco_gym.bridge.instances import Instance, Scrape, parse_scrape
-from ooco_gym.bridge.ledger import Ledger
-from ooco_gym.bridge.live_telemetry import read
-from ooco_gym.bridge.load import DECODE, PREFILL, Request
-from ooco_gym.bridge.prediction import Prediction, PromptLengths
-from ooco_gym.bridge.scheduler import Scheduler
+from ooco_gym.bridge.gateway.config import parse_config
+from ooco_gym.bridge.gateway.instances import Instance, Scrape, parse_scrape
+from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.live_telemetry import read
+from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
+from ooco_gym.bridge.gateway.prediction import Prediction, PromptLengths
+from ooco_gym.bridge.gateway.scheduler import Scheduler
 from ooco_gym.cluster.control import KNOB_NAMES, ooco_knobs
 from ooco_gym.cluster.observation import observe
 from ooco_gym.cluster.telemetry import FIELD_NAMES

@@ -13,7 +13,7 @@ pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
 from fake_upstream import FakeUpstream, upstreams
 from harness import config_for, gateway
 
-from ooco_gym.bridge.status import BEHIND, page, words
+from ooco_gym.bridge.gateway.status import BEHIND, page, words
 from ooco_gym.cluster.control import KNOB_NAMES, KNOBS
 from ooco_gym.cluster.telemetry import FIELD_NAMES
 from ooco_gym.policy import ConstantPolicy

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.bridge.deployed import DeployedNetwork
-from ooco_gym.bridge.words import KNOB_UNITS, knob_in_words
+from ooco_gym.bridge.exports.deployed import DeployedNetwork
+from ooco_gym.bridge.exports.words import KNOB_UNITS, knob_in_words
 from ooco_gym.cluster.control import KNOBS, Knob, action_to_knobs
 from ooco_gym.cluster.observation import ENTRIES, OBSERVATION_NAMES, observation_bounds, observe
 from ooco_gym.cluster.telemetry import FIRST_KNOB, Telemetry

@@ -22,18 +22,18 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from ooco_gym.bridge.config import BridgeConfig, load_config
-from ooco_gym.bridge.control import Control
-from ooco_gym.bridge.enforcement import not_enforced
-from ooco_gym.bridge.gateway import Gateway
-from ooco_gym.bridge.instances import Instance, make_session
-from ooco_gym.bridge.ledger import Ledger
-from ooco_gym.bridge.live_telemetry import read
-from ooco_gym.bridge.metrics import exporter
-from ooco_gym.bridge.placement import LOOKAHEAD
-from ooco_gym.bridge.prediction import Prediction
-from ooco_gym.bridge.scheduler import Scheduler
-from ooco_gym.bridge.status import page, status
+from ooco_gym.bridge.gateway.api import Gateway
+from ooco_gym.bridge.gateway.config import BridgeConfig, load_config
+from ooco_gym.bridge.gateway.control import Control
+from ooco_gym.bridge.gateway.enforcement import not_enforced
+from ooco_gym.bridge.gateway.instances import Instance, make_session
+from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.live_telemetry import read
+from ooco_gym.bridge.gateway.metrics import exporter
+from ooco_gym.bridge.gateway.placement import LOOKAHEAD
+from ooco_gym.bridge.gateway.prediction import Prediction
+from ooco_gym.bridge.gateway.scheduler import Scheduler
+from ooco_gym.bridge.gateway.status import page, status
 from ooco_gym.cluster.observation import observe
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import ConstantPolicy, Policy
@@ -57,7 +57,9 @@ class Bridge:
         self.notes = not_enforced(config, policy.rules)
         observe(read(self.scheduler, self.scheduler.placement.knobs))  # compiled before the first decision is timed
         metrics = exporter(self.scheduler, self.control, self.stored)
-        self.gateway = Gateway(config, self.scheduler, self.control, metrics, lambda: status(self), page())
+        self.gateway = Gateway(
+            config, self.scheduler, self.control, metrics, lambda: status(self.control, self.notes, self.stored), page()
+        )
         self._logged_up: dict[int, bool] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._runner_task: asyncio.Task[None] | None = None
@@ -245,7 +247,7 @@ def resolve_policy(source: str) -> Policy:
     """``ooco``, a folder that export wrote, or one that training saved."""
     if source == "ooco":
         return ConstantPolicy(name="ooco")
-    from ooco_gym.bridge import deployed  # onnxruntime is needed for networks only
+    from ooco_gym.bridge.exports import deployed  # onnxruntime is needed for networks only
 
     return deployed.load_deployed(source)
 

@@ -19,9 +19,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ooco_gym.bridge.config import BridgeConfig
-from ooco_gym.bridge.live_telemetry import read
-from ooco_gym.bridge.scheduler import Scheduler
+from ooco_gym.bridge.gateway.config import BridgeConfig
+from ooco_gym.bridge.gateway.live_telemetry import read
+from ooco_gym.bridge.gateway.scheduler import Scheduler
 from ooco_gym.cluster.control import KNOB_NAMES, check_knobs, ooco_knobs
 from ooco_gym.cluster.telemetry import Telemetry
 from ooco_gym.errors import OocoError

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ooco_gym.bridge.instances import Instance, InstanceError, RefusalError
-from ooco_gym.bridge.ledger import Ledger
-from ooco_gym.bridge.load import Request
+from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError
+from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.load import Request
 
 EVENT_END = b"\n\n"
 DONE = b"data: [DONE]"

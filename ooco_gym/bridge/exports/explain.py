@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ooco_gym.bridge.arguments import choice, command, parse
-from ooco_gym.bridge.deployed import load_deployed
-from ooco_gym.bridge.explanation import Explanation, explain
-from ooco_gym.bridge.manifest import read_object
-from ooco_gym.bridge.words import bare_setting, in_words, knob_in_words
+from ooco_gym.bridge.exports.deployed import load_deployed
+from ooco_gym.bridge.exports.explanation import Explanation, explain
+from ooco_gym.bridge.exports.manifest import read_object
+from ooco_gym.bridge.exports.words import bare_setting, in_words, knob_in_words
 from ooco_gym.cluster.control import KNOBS, check_knobs
 from ooco_gym.cluster.telemetry import FIELDS, FIRST_KNOB, Telemetry
 from ooco_gym.errors import OocoError

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ooco_gym.bridge.manifest import INPUT, OUTPUT
+from ooco_gym.bridge.exports.manifest import INPUT, OUTPUT
 from ooco_gym.cluster.observation import OBSERVATION_SIZE
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import NetworkPolicy

@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import aiohttp
 
-from ooco_gym.bridge.config import BridgeConfig
-from ooco_gym.bridge.exchange import Answer, Out, exchange, usage
-from ooco_gym.bridge.instances import Instance, InstanceError, RefusalError, decode_body, prefill_body
-from ooco_gym.bridge.ledger import Ledger
-from ooco_gym.bridge.load import DECODE, PREFILL, Request
-from ooco_gym.bridge.prediction import Prediction, PromptLengths
+from ooco_gym.bridge.gateway.config import BridgeConfig
+from ooco_gym.bridge.gateway.exchange import Answer, Out, exchange, usage
+from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError, decode_body, prefill_body
+from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
+from ooco_gym.bridge.gateway.prediction import Prediction, PromptLengths
 
 log = logging.getLogger("ooco_gym.bridge")
 BACKOFF_S = 0.5  # after a refusal, or after a failed try of an offline request

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ooco_gym.bridge.control import Control
-from ooco_gym.bridge.scheduler import Scheduler
+from ooco_gym.bridge.gateway.control import Control
+from ooco_gym.bridge.gateway.scheduler import Scheduler
 
 _OUTCOMES = ("finished", "failed", "cancelled", "refused")
 

@@ -15,8 +15,8 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
-from ooco_gym.bridge.config import InstanceConfig, Timeouts
-from ooco_gym.bridge.load import DECODE, Load, Request
+from ooco_gym.bridge.gateway.config import InstanceConfig, Timeouts
+from ooco_gym.bridge.gateway.load import DECODE, Load, Request
 from ooco_gym.errors import OocoError
 
 PATHS = ("/v1/completions", "/v1/chat/completions")

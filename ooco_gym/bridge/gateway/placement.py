@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ooco_gym.bridge.config import BridgeConfig
-from ooco_gym.bridge.instances import Instance
-from ooco_gym.bridge.load import DECODE, Request
-from ooco_gym.bridge.prediction import Prediction
+from ooco_gym.bridge.gateway.config import BridgeConfig
+from ooco_gym.bridge.gateway.instances import Instance
+from ooco_gym.bridge.gateway.load import DECODE, Request
+from ooco_gym.bridge.gateway.prediction import Prediction
 from ooco_gym.cluster.control import KNOB_NAMES, RULES, ooco_knobs
 
 LOOKAHEAD = 64  # waiting offline requests among which a pull chooses

@@ -40,10 +40,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ooco_gym.bridge.instances import Instance
-from ooco_gym.bridge.ledger import Ledger
-from ooco_gym.bridge.load import DECODE
-from ooco_gym.bridge.scheduler import Scheduler
+from ooco_gym.bridge.gateway.instances import Instance
+from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.load import DECODE
+from ooco_gym.bridge.gateway.scheduler import Scheduler
 from ooco_gym.cluster.control import KNOB_NAMES
 from ooco_gym.cluster.telemetry import BACKLOG_TOP, FIELD_NAMES, Telemetry
 

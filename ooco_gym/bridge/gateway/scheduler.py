@@ -18,14 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ooco_gym.bridge.config import BridgeConfig
-from ooco_gym.bridge.exchange import Answer, Out, TooLongError
-from ooco_gym.bridge.forwarding import BACKOFF_S, Forwarder
-from ooco_gym.bridge.instances import Instance, InstanceError, RefusalError
-from ooco_gym.bridge.ledger import Ledger
-from ooco_gym.bridge.load import DECODE, PREFILL, Request
-from ooco_gym.bridge.placement import Placement
-from ooco_gym.bridge.prediction import Prediction
+from ooco_gym.bridge.gateway.config import BridgeConfig
+from ooco_gym.bridge.gateway.exchange import Answer, Out, TooLongError
+from ooco_gym.bridge.gateway.forwarding import BACKOFF_S, Forwarder
+from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError
+from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
+from ooco_gym.bridge.gateway.placement import Placement
+from ooco_gym.bridge.gateway.prediction import Prediction
 
 log = logging.getLogger("ooco_gym.bridge")
 OFFLINE_TRIES = 5  # answers of 5xx before an offline request is given up; unreachable instances do not count

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.markup import escape
 
 import ooco_gym
-from ooco_gym.bridge import manifest as schema
 from ooco_gym.bridge.arguments import command, parse
-from ooco_gym.bridge.deployed import DeployedNetwork, load_deployed
-from ooco_gym.bridge.onnx_network import write_network
+from ooco_gym.bridge.exports import manifest as schema
+from ooco_gym.bridge.exports.deployed import DeployedNetwork, load_deployed
+from ooco_gym.bridge.exports.onnx_network import write_network
 from ooco_gym.cluster.control import KNOB_NAMES
 from ooco_gym.cluster.observation import OBSERVATION_SIZE, observation_bounds
 from ooco_gym.errors import OocoError

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
-from ooco_gym.bridge.load import DONE, Request
+from ooco_gym.bridge.gateway.load import DONE, Request
 
 RING_SECONDS = 512
 RECENT = 4096  # finished online requests whose latencies are kept for quantiles

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ooco_gym.bridge.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS
+from ooco_gym.bridge.gateway.config import ROLES
+from ooco_gym.bridge.gateway.control import Control
+from ooco_gym.bridge.gateway.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS
+from ooco_gym.bridge.gateway.instances import Instance
 from ooco_gym.cluster.control import KNOBS, WHOLE_PROMPT
 from ooco_gym.cluster.telemetry import FIELDS, Telemetry
-
-if TYPE_CHECKING:
-    from ooco_gym.bridge.serve import Bridge
 
 #: The Telemetry entries that bear on a knob: what one would look at to judge its setting.
 BEHIND: dict[str, tuple[str, ...]] = {
@@ -33,21 +34,20 @@ def page() -> str:
     return (Path(__file__).with_name("status.html")).read_text(encoding="utf-8")
 
 
-def status(bridge: Bridge) -> dict[str, Any]:
-    """Everything that the page shows, as JSON."""
-    ledger, scheduler, control = bridge.ledger, bridge.scheduler, bridge.control
+def status(control: Control, notes: Sequence[str], stored: Callable[[], int]) -> dict[str, Any]:
+    """Everything that the page shows, as JSON; ``notes`` says what is not enforced, ``stored`` counts the job store."""
+    config, scheduler = control.config, control.scheduler
+    ledger, slo = scheduler.ledger, config.scenario.slo
     minute, five = ledger.window(60), ledger.window(300)
     totals = ledger.totals
-    slo = bridge.config.scenario.slo
-    waiting = sum(instance.load.pending for instance in scheduler.instances)
     return {
         "uptime_s": ledger.now_s(),
         "state": "shutting down" if scheduler.closing else "serving",
-        "policy": bridge.policy.name,
-        "dry_run": bridge.config.dry_run,
-        "connector": bridge.config.connector,
-        "deployment": f"{bridge.config.scenario.model.name} on {bridge.config.scenario.hardware.name}",
-        "notes": bridge.notes,
+        "policy": control.policy.name,
+        "dry_run": config.dry_run,
+        "connector": config.connector,
+        "deployment": f"{config.scenario.model.name} on {config.scenario.hardware.name}",
+        "notes": list(notes),
         "attainment": {
             "ttft_slo_s": slo.ttft_s,
             "tpot_slo_s": slo.tpot_s,
@@ -58,14 +58,16 @@ def status(bridge: Bridge) -> dict[str, Any]:
         },
         "queues": {
             "online_in_flight": len(ledger.live),
-            "online_before_first_token": waiting,
+            "online_before_first_token": sum(instance.load.pending for instance in scheduler.instances),
             "offline_waiting": len(scheduler.backlog),
-            "offline_in_store": bridge.stored(),
+            "offline_in_store": stored(),
             "offline_running": sum(instance.load.offline for instance in scheduler.instances),
         },
         "totals": {**vars(totals), "violations": totals.violations},
-        "pools": {role: _pool(bridge, role) for role in ("relaxed", "strict")},
-        "decision": _decision(bridge) if control.last is not None else None,
+        "pools": {
+            role: [_instance(instance) for instance in scheduler.instances if instance.role == role] for role in ROLES
+        },
+        "decision": _decision(control) if control.last is not None else None,
         "decisions": control.decisions,
         "fallbacks": control.fallbacks,
     }
@@ -77,56 +79,45 @@ def _attainment(judged: int, violations: int) -> dict[str, Any]:
     return {"requests": judged, "violations": violations, "share": share}
 
 
-def _pool(bridge: Bridge, role: str) -> list[dict[str, Any]]:
-    entries = []
-    for instance in bridge.scheduler.instances:
-        if instance.role != role:
-            continue
-        scrape, load = instance.scrape, instance.load
-        entries.append(
-            {
-                "name": instance.name,
-                "url": instance.config.url,
-                "up": instance.up,
-                "problem": instance.scrape_error,
-                "online": load.online,
-                "online_before_first_token": load.pending,
-                "offline": load.offline,
-                "pending_prefill_s": max(load.pending_s, 0.0),
-                "kv_usage": scrape.kv_usage if scrape is not None else None,
-                "kv_tokens": instance.kv_tokens,
-                "engine_running": scrape.running if scrape is not None else None,
-                "engine_waiting": scrape.waiting if scrape is not None else None,
-            }
-        )
-    return entries
+def _instance(instance: Instance) -> dict[str, Any]:
+    scrape, load = instance.scrape, instance.load
+    return {
+        "name": instance.name,
+        "url": instance.config.url,
+        "up": instance.up,
+        "problem": instance.scrape_error,
+        "online": load.online,
+        "online_before_first_token": load.pending,
+        "offline": load.offline,
+        "pending_prefill_s": max(load.pending_s, 0.0),
+        "kv_usage": scrape.kv_usage if scrape is not None else None,
+        "kv_tokens": instance.kv_tokens,
+        "engine_running": scrape.running if scrape is not None else None,
+        "engine_waiting": scrape.waiting if scrape is not None else None,
+    }
 
 
-def _decision(bridge: Bridge) -> dict[str, Any]:
-    last = bridge.control.last
+def _decision(control: Control) -> dict[str, Any]:
+    last = control.last
     assert last is not None
-    knobs = []
-    for knob in KNOBS:
-        value = last.knobs[knob.name]
-        enforced = knob.name in ENFORCED_KNOBS and not bridge.config.dry_run
-        knobs.append(
-            {
-                "name": knob.name,
-                "value": value,
-                "low": knob.low,
-                "high": knob.high,
-                "log": knob.log,
-                "ooco": knob.ooco,
-                "words": words(knob.name, value, last.telemetry),
-                "meaning": knob.meaning,
-                "enforced": enforced,
-                "how": ENFORCED_KNOBS.get(knob.name) or UNENFORCED_KNOBS[knob.name],
-                "why": [
-                    {"field": field, "value": last.telemetry[field], "unit": _UNITS[field]}
-                    for field in BEHIND[knob.name]
-                ],
-            }
-        )
+    knobs = [
+        {
+            "name": knob.name,
+            "value": last.knobs[knob.name],
+            "low": knob.low,
+            "high": knob.high,
+            "log": knob.log,
+            "ooco": knob.ooco,
+            "words": words(knob.name, last.knobs[knob.name], last.telemetry),
+            "meaning": knob.meaning,
+            "enforced": knob.name in ENFORCED_KNOBS and not control.config.dry_run,
+            "how": ENFORCED_KNOBS.get(knob.name) or UNENFORCED_KNOBS[knob.name],
+            "why": [
+                {"field": field, "value": last.telemetry[field], "unit": _UNITS[field]} for field in BEHIND[knob.name]
+            ],
+        }
+        for knob in KNOBS
+    ]
     return {"by": last.policy, "fallback": last.fallback, "at_s": last.at_s, "took_ms": last.took_s * 1e3,
             "scrape_age_s": last.telemetry["scrape_age_s"], "knobs": knobs}  # fmt: skip
 

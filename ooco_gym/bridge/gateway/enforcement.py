@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ooco_gym.bridge.config import BridgeConfig
+from ooco_gym.bridge.gateway.config import BridgeConfig
 from ooco_gym.cluster.control import KNOB_NAMES, RULES
 
 ENFORCED_KNOBS: dict[str, str] = {

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ooco_gym.bridge.manifest import (
+from ooco_gym.bridge.exports.manifest import (
     INPUT,
     MANIFEST,
     MAX_JSON_BYTES,

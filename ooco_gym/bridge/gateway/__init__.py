@@ -1,0 +1,1 @@
+"""The OpenAI-compatible front over relaxed and strict vLLM instances, scheduled by a policy."""
