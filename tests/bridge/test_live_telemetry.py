@@ -40,7 +40,7 @@ class World:
         self.clock = Clock()
         self.ledger = Ledger(0.5, 0.05, self.clock)
         self.scheduler = Scheduler(self.config, self.ledger, Prediction(self.config.scenario))
-        self.scheduler.wake = self.scheduler.forwarder.released = self.ledger.on_first_token = lambda: None
+        self.scheduler.backlog.wake = self.scheduler.forwarder.released = self.ledger.on_first_token = lambda: None
         for instance in self.scheduler.instances:
             instance.up = True
 
@@ -203,7 +203,7 @@ def test_offline_fields(world):
         world.ledger.taken(request)
         world.send(request, 0)
         world.end(request, 50 + prompt)
-    world.scheduler.backlog.append(world.arrive(10, online=False))
+    world.scheduler.backlog.waiting.append(world.arrive(10, online=False))
     record = world.read(stored=lambda: 41)
     assert record["offline_backlog"] == 42
     assert (record["offline_prompt_mean_tokens"], record["offline_output_mean_tokens"]) == (200, 250)

@@ -378,7 +378,7 @@ def test_many_waiting_jobs_cancelled_at_once_leave_nothing_behind():
             scheduler.instances[0].max_seqs = 10  # there is room just when they go
             for job in jobs:
                 job.cancel()
-            scheduler._pump()
+            scheduler.backlog.send()
             await asyncio.gather(*jobs, return_exceptions=True)
             assert not scheduler.backlog and not load.requests and client.totals.offline_cancelled == 20
             assert await client.text(OFFLINE) == "".join(fake.words(PROMPT, 8))

@@ -28,10 +28,9 @@ BACKOFF_S = 0.5  # after a refusal, or after a failed try of an offline request
 class Forwarder:
     """Sends requests; ``released`` is called whenever one has left an instance."""
 
-    def __init__(
-        self, config: BridgeConfig, ledger: Ledger, prediction: Prediction, released: Callable[[], None]
-    ) -> None:
-        self.config, self.ledger, self.prediction, self.released = config, ledger, prediction, released
+    def __init__(self, config: BridgeConfig, ledger: Ledger, prediction: Prediction) -> None:
+        self.config, self.ledger, self.prediction = config, ledger, prediction
+        self.released: Callable[[], None] = lambda: None
         self.lengths = PromptLengths(config.bytes_per_token)
         self.session: aiohttp.ClientSession | None = None
 

@@ -1,7 +1,7 @@
-"""The scheduler: serves online requests at once, offline ones from a backlog as the policy's knobs allow.
+"""The scheduler: serves online requests at once, offline ones from the backlog as the policy's knobs allow.
 
-``placement`` chooses, ``forwarding`` sends; here is what happens around them: retry elsewhere, preemption by abort and
-restart, the backlog.
+``placement`` chooses, ``backlog`` and ``preemption`` decide when, ``forwarding`` sends; here is a request's whole way
+through them, retries elsewhere included.
 
 An offline answer is kept until it is complete, streams too. So an offline request can be aborted and restarted from its
 prompt at any time, and its client sees one answer, whole; what was thrown away is counted as wasted.
@@ -12,12 +12,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from ooco_gym.bridge.gateway.backlog import Backlog, Grant
 from ooco_gym.bridge.gateway.config import BridgeConfig
 from ooco_gym.bridge.gateway.exchange import Answer, Out, TooLongError
 from ooco_gym.bridge.gateway.forwarding import BACKOFF_S, Forwarder
@@ -26,6 +24,7 @@ from ooco_gym.bridge.gateway.ledger import Ledger
 from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
 from ooco_gym.bridge.gateway.placement import Placement
 from ooco_gym.bridge.gateway.prediction import Prediction
+from ooco_gym.bridge.gateway.preemption import Preemption
 
 log = logging.getLogger("ooco_gym.bridge")
 OFFLINE_TRIES = 5  # answers of 5xx before an offline request is given up; unreachable instances do not count
@@ -39,14 +38,6 @@ class UnavailableError(Exception):
         self.answer = answer
 
 
-@dataclass(frozen=True)
-class Grant:
-    """Where an offline request may run: wholly on ``instance``, or handed over to ``decoder`` after its prefill."""
-
-    instance: Instance
-    decoder: Instance | None = None
-
-
 class Scheduler:
     """Owns the instances' loads, the backlog and the knobs in force; see the module's docstring."""
 
@@ -55,26 +46,26 @@ class Scheduler:
         self.config = config
         self.ledger = ledger
         self.prediction = prediction
-        self.forwarder = Forwarder(config, ledger, prediction, self.wake)
         self.instances = [
             Instance(row, entry, scenario.instance_kv_blocks[row], scenario.cluster.block_tokens,
                      scenario.cluster.max_seqs, scenario.instance_saturation_batch[row])
             for row, entry in enumerate(config.instances)
         ]  # fmt: skip
         self.placement = Placement(config, self.instances, prediction)
-        self.backlog: deque[Request] = deque()
-        ledger.on_first_token = self.wake  # it may open the gate
+        self.forwarder = Forwarder(config, ledger, prediction)
+        self.backlog = Backlog(config, ledger, self.placement, self.forwarder)
+        self.preemption = Preemption(config, ledger, prediction, self.placement, self.forwarder, self.backlog)
+        # A request that leaves an instance, and a first token, may open the gate.
+        self.forwarder.released = ledger.on_first_token = self.backlog.wake
         self.closing = False
         self._interactive: dict[Request, None] = {}  # offline requests whose client waits
-        self._due = False
-        self._timer: asyncio.TimerHandle | None = None
 
     def apply(self, knobs: Mapping[str, float], rules: Mapping[str, str] | None = None) -> None:
         """Put knobs in force; they act from the next decision on."""
         self.placement.knobs.update(knobs)
         if rules is not None:
             self.placement.rules.update(rules)
-        self.wake()
+        self.backlog.wake()
 
     # Online requests
 
@@ -118,9 +109,9 @@ class Scheduler:
                 tried.clear()
                 continue
             try:
-                self._make_way(instance, request, PREFILL)
+                self.preemption.make_way(instance, request, PREFILL)
                 if decoder is not None:
-                    self._make_way(decoder, request, DECODE)
+                    self.preemption.make_way(decoder, request, DECODE)
                 return await self.forwarder.serve(request, instance, decoder, out)
             except (InstanceError, RefusalError) as error:
                 if out is not None and out.started:
@@ -145,45 +136,6 @@ class Scheduler:
             return instance, decoder
         # One pool is gone: the other one serves whole requests, where that is allowed.
         return (placement.route(request, tried, whole=True) if self.config.handover_fallback else None), None
-
-    def _make_way(self, instance: Instance, request: Request, phase: int) -> None:
-        """Count the arrival where it goes, and abort the offline requests in its way there."""
-        if self.config.dry_run or not instance.load.offline:
-            return
-        entered = request.load is None
-        if entered:
-            self.forwarder.enter(instance, request, phase)
-            victims = self.placement.in_the_way(instance, request, self.ledger.now_s())
-            instance.load.leave(request)
-            if request.blind and phase == DECODE:
-                instance.first_streamed -= 1
-        else:
-            victims = []
-        for victim in victims:
-            self._preempt(victim, instance)
-
-    def _preempt(self, request: Request, instance: Instance) -> None:
-        """Abort an offline request and put it back at the head of the backlog."""
-        if request.interrupt is not None:
-            return  # it is leaving already
-        prompt, output = self._done(request, instance)
-        self.forwarder.interrupt(request, "preempted")
-        self.forwarder.leave(request)
-        self.ledger.restarted(request, prompt, output)
-        self.ledger.totals.preemptions += 1
-        self._queue(request, head=True)
-
-    def _done(self, request: Request, instance: Instance) -> tuple[int, int]:
-        """(prompt, output) tokens that an abort throws away; estimated by the prediction where nothing was seen."""
-        elapsed_s = self.ledger.now_s() - request.dispatched_s
-        if request.phase != DECODE:
-            return int(request.prompt_tokens * min(elapsed_s / max(request.predicted_prefill_s, 1e-9), 1.0)), 0
-        if not request.blind:
-            return request.prompt_tokens, request.output_tokens
-        load = instance.load
-        step_s = self.prediction.decode_s(instance.index, load.online_decodes + load.offline_decodes, load.tokens)
-        output = int(max(elapsed_s - request.predicted_prefill_s, 0.0) / max(step_s, 1e-9))
-        return request.prompt_tokens, min(output, request.max_tokens or output)
 
     # Offline requests
 
@@ -216,7 +168,7 @@ class Scheduler:
         self.ledger.arrived(request, self._mean_prefill_s(request))
         if not job:
             self._interactive[request] = None
-        self._queue(request, head=False)
+        self.backlog.put(request)
         failures = 0
         how = "cancelled"
         try:
@@ -252,122 +204,23 @@ class Scheduler:
                     lost_prompt = request.prompt_tokens if request.output_tokens else 0
                     self.ledger.restarted(request, lost_prompt, request.output_tokens)
                     await asyncio.sleep(0 if isinstance(error, RefusalError) else BACKOFF_S)
-                    self._queue(request, head=True)
+                    self.backlog.put(request, head=True)
         finally:
             self.forwarder.leave(request)
             self._interactive.pop(request, None)
-            if request.grant.cancelled() or not request.grant.done():  # else it is not in the backlog
-                with suppress(ValueError):
-                    self.backlog.remove(request)
+            self.backlog.drop(request)
             if how:
                 self.ledger.ended(request, how)
-            self.wake()
-
-    def _queue(self, request: Request, head: bool) -> None:
-        request.grant = asyncio.get_running_loop().create_future()
-        if head:
-            self.backlog.appendleft(request)
-        else:
-            self.backlog.append(request)
-        self.wake()
-
-    def wake(self) -> None:
-        """Look at the backlog once the running callback is over."""
-        if self.backlog and not self._due and not self.closing:
-            self._due = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        """Send offline requests wherever the gate and the pull allow, from the head of the backlog."""
-        self._due = False
-        now_s = self.ledger.now_s()
-        while self.backlog and not self.closing:
-            if not (self._through_gate(now_s) or self._pull(now_s)):
-                break
-        if self.backlog and self._timer is None:  # pulls are a time apart, refusals wear off
-            wait_s = min(self.placement.pull_interval_s, BACKOFF_S)
-            self._timer = asyncio.get_running_loop().call_later(wait_s, self._later)
-
-    def _later(self) -> None:
-        self._timer = None
-        self.wake()
-
-    def _through_gate(self, now_s: float) -> bool:
-        head = self.backlog[0]
-        if self.config.dry_run:
-            instance = self.placement.route(head, ())
-            if instance is None or len(instance.load.requests) >= instance.max_seqs:
-                return False
-            self._grant(self.backlog.popleft(), instance)
-            return True
-        instance = self.placement.gate(head, now_s)
-        if instance is None:
-            return False
-        self._grant(self.backlog.popleft(), instance, self._handover_target(head, now_s))
-        return True
-
-    def _handover_target(self, request: Request, now_s: float) -> Instance | None:
-        """With a connector: the strict instance that pulls this request when its prefill ends."""
-        placement = self.placement
-        if self.config.connector == "none" or not request.single or request.max_tokens == 1:
-            return None
-        if placement.rules["offline_decode"] == "strict":
-            return placement.decoder((), online=False)
-        if self.config.pull_mode != "handover":
-            return None
-        asking = [
-            strict for strict in placement.strict if placement.pulls(strict, now_s) and placement.fits(strict, request)
-        ]
-        return self._pulled(min(asking, key=lambda strict: (strict.kv_usage(), strict.index), default=None), now_s)
-
-    def _pulled(self, strict: Instance | None, now_s: float) -> Instance | None:
-        if strict is not None:
-            strict.next_pull_s = now_s + self.placement.pull_interval_s
-            self.ledger.totals.pulls += 1
-        return strict
-
-    def _pull(self, now_s: float) -> bool:
-        """Without a connector: a strict instance computes the prompt of a waiting request itself."""
-        if self.config.pull_mode != "recompute" or self.config.dry_run:
-            return False
-        for strict in self.placement.strict if self.placement.relaxed else ():
-            if self.placement.pulls(strict, now_s):
-                request = self.placement.preferred(strict, self.backlog)
-                if request is not None:
-                    self.backlog.remove(request)
-                    self._grant(request, strict)
-                    self._pulled(strict, now_s)
-                    return True
-        return False
-
-    def _grant(self, request: Request, instance: Instance, decoder: Instance | None = None) -> None:
-        if request.grant.done():
-            return  # its task was cancelled and has not run since
-        if not request.restarts:
-            self.ledger.taken(request)
-        if decoder is not None:
-            decoder.reserved += 1
-            decoder.reserved_tokens += request.prompt_tokens
-            request.reserved = decoder
-        self.forwarder.enter(instance, request, PREFILL)
-        request.grant.set_result(Grant(instance, decoder))
+            self.backlog.wake()
 
     # Watching
 
     def after_scrape(self, instance: Instance) -> None:
-        """An online request that the engine keeps waiting for room shows that an estimate was wrong: make room now."""
-        scrape, load = instance.scrape, instance.load
-        if scrape is None or scrape.first_tokens is None:
+        """What a new scrape of an instance, or a missing one, means for the requests there."""
+        if instance.scrape is None or instance.scrape.first_tokens is None:
             self._assume_prefilled(instance)
-        if scrape is None or self.config.dry_run or self.placement.rules["preemption"] == "iteration":
-            return
-        stuck = [other for other in load.requests if other.online and other.phase != DECODE
-                 and other.dispatched_s < self.ledger.now_s() - self.config.scrape_interval_s]  # fmt: skip
-        if scrape.waiting > 0 and stuck and load.offline:
-            newest_first = [other for other in reversed(load.requests) if not other.online]
-            for victim in newest_first[: len(stuck)]:
-                self._preempt(victim, instance)
-        self.wake()
+        self.preemption.relieve(instance)
+        self.backlog.wake()
 
     def _assume_prefilled(self, instance: Instance) -> None:
         """Without the engine's count of first tokens the prediction says which unstreamed requests decode."""
@@ -394,8 +247,7 @@ class Scheduler:
     def begin_shutdown(self) -> None:
         """No more offline work: interactive requests are aborted. Jobs end with their runner, which owns them."""
         self.closing = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self.backlog.close()
         for request in list(self._interactive):
             self.forwarder.interrupt(request, "shutdown")
 
