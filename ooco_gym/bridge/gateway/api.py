@@ -26,10 +26,11 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 from ooco_gym.bridge.gateway.config import BridgeConfig
 from ooco_gym.bridge.gateway.control import Control
 from ooco_gym.bridge.gateway.exchange import Answer, TooLongError
+from ooco_gym.bridge.gateway.handover import is_single
 from ooco_gym.bridge.gateway.http import ClientGoneError, KeyCheck, RefusedError, Reply, error_body, http_error
 from ooco_gym.bridge.gateway.instances import PATHS, InstanceError
 from ooco_gym.bridge.gateway.load import Request
-from ooco_gym.bridge.gateway.scheduler import Scheduler, UnavailableError, is_single, most_tokens
+from ooco_gym.bridge.gateway.scheduler import Scheduler, UnavailableError, most_tokens
 
 log = logging.getLogger("ooco_gym.bridge")
 OFFLINE_TIERS = ("flex", "batch")

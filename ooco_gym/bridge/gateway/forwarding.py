@@ -16,7 +16,8 @@ import aiohttp
 
 from ooco_gym.bridge.gateway.config import BridgeConfig
 from ooco_gym.bridge.gateway.exchange import Answer, Out, exchange, usage
-from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError, decode_body, prefill_body
+from ooco_gym.bridge.gateway.handover import decode_body, prefill_body
+from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError
 from ooco_gym.bridge.gateway.ledger import Ledger
 from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
 from ooco_gym.bridge.gateway.prediction import Prediction, PromptLengths

@@ -1,11 +1,7 @@
-"""One vLLM instance as the gateway sees it: its address, its health, its scraped metrics, and the hand-over protocols.
-
-Nothing here decides. A request is forwarded as bytes; only a hand-over of KV adds to a body, as its connector needs it.
-"""
+"""One vLLM instance as the gateway sees it: its address, its health, its scraped metrics. Nothing here decides."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from ooco_gym.bridge.gateway.config import InstanceConfig, Timeouts
-from ooco_gym.bridge.gateway.load import DECODE, Load, Request
+from ooco_gym.bridge.gateway.load import DECODE, Load
 from ooco_gym.errors import OocoError
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -205,35 +201,6 @@ class Instance:
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-# Hand-over of KV: what each connector of vLLM wants to read in the two requests.
-
-
-def prefill_body(payload: Mapping[str, Any], connector: str) -> bytes:
-    """The request to the prefill instance: the client's, cut to one token and one answer, not streamed."""
-    body = {key: value for key, value in payload.items() if key not in ("stream", "stream_options", "min_tokens")}
-    body["stream"] = False
-    body["max_tokens"] = 1
-    if "max_completion_tokens" in body:
-        body["max_completion_tokens"] = 1
-    if connector == "nixl":
-        body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
-    return json.dumps(body, separators=(",", ":")).encode()
-
-
-def decode_body(request: Request, payload: Mapping[str, Any], answer: Mapping[str, Any], connector: str) -> bytes:
-    """The request to the decode instance; the client's bytes where the connector finds KV by itself.
-
-    Raises InstanceError where the prefill instance gave no parameters of a transfer.
-    """
-    if connector == "example":  # looks prompts up in the shared folder
-        return request.body
-    params = answer.get("kv_transfer_params")
-    if not isinstance(params, Mapping) or not params:
-        raise InstanceError("the prefill instance sent no kv_transfer_params")
-    body = {**payload, "kv_transfer_params": params}
-    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def make_session(timeouts: Timeouts) -> aiohttp.ClientSession:

@@ -19,6 +19,7 @@ from ooco_gym.bridge.gateway.backlog import Backlog, Grant
 from ooco_gym.bridge.gateway.config import BridgeConfig
 from ooco_gym.bridge.gateway.exchange import Answer, Out, TooLongError
 from ooco_gym.bridge.gateway.forwarding import BACKOFF_S, Forwarder
+from ooco_gym.bridge.gateway.handover import is_single
 from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError
 from ooco_gym.bridge.gateway.ledger import Ledger
 from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
@@ -261,17 +262,6 @@ def most_tokens(payload: Mapping[str, Any]) -> int | None:
     """The most output tokens that a body asks for, if it says so."""
     value = payload.get("max_completion_tokens", payload.get("max_tokens"))
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def is_single(payload: Mapping[str, Any]) -> bool:
-    """One prompt and one answer that may be cut after its first token, as a hand-over of KV needs it.
-
-    An engine that has to call a tool refuses to be cut: the one token is no complete call.
-    """
-    prompt = payload.get("prompt")
-    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    forced = payload.get("tool_choice") not in (None, "auto", "none")
-    return not (several or forced) and payload.get("n", 1) in (1, None) and payload.get("best_of", 1) in (1, None)
 
 
 def _error_answer(status: int, message: str) -> Answer:
