@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -89,8 +90,10 @@ def cut(
     )
 
 
-def replay(front: Server, work: Slice, scenario: Scenario, tick: Callable[[float], None]) -> dict[str, Any]:
-    """One row of the outcome table; ``tick`` is told the seconds that have passed."""
+def replay(
+    front: Server, work: Slice, scenario: Scenario, tick: Callable[[float], None]
+) -> tuple[dict[str, Any], list[Seen]]:
+    """One row of the outcome table, and what it was counted from; ``tick`` is told the seconds that have passed."""
     client = openai.OpenAI(base_url=front.url + "/v1", api_key="none", max_retries=2)
     lines = [{"custom_id": f"offline-{index}", "method": "POST", "url": PATH, "body": piece.body()}
              for index, piece in enumerate(work.offline)]  # fmt: skip
@@ -100,8 +103,9 @@ def replay(front: Server, work: Slice, scenario: Scenario, tick: Callable[[float
     before = _counts(front)
     seen = asyncio.run(_online(front.url, work, tick))
     after = _counts(front)
-    client.batches.cancel(batch.id)
-    return outcome(seen, {name: after[name] - before[name] for name in after}, work, scenario)
+    with suppress(openai.ConflictError):  # it has ended
+        client.batches.cancel(batch.id)
+    return outcome(seen, {name: after[name] - before[name] for name in after}, work, scenario), seen
 
 
 _COUNTERS = {
@@ -185,6 +189,7 @@ def outcome(seen: Sequence[Seen], counts: Mapping[str, float], work: Slice, scen
         "online_failed": int(failed.sum()),
         "preemptions": counts["preemptions"],
         "pulls": counts["pulls"],
+        "offline_left": len(work.offline) - counts["offline_finished"],
         "feasible": violations <= FEASIBLE_VIOLATION_RATE,
     }
     return row

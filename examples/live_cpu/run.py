@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--length-scale", type=float, default=0.2, help="on all lengths, for a context of 4,096 tokens (0.2)"
     )
-    parser.add_argument("--jobs", type=int, default=600, help="offline requests in the batch (600)")
+    parser.add_argument("--jobs", type=int, default=3000, help="offline requests in the batch (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the slice (0)")
     parser.add_argument(
         "--work", type=Path, default=HERE / "work", help="folder for model, logs and results (examples/live_cpu/work)"
@@ -106,7 +106,8 @@ def one_policy(
         Progress(console=console, transient=True) as progress,
     ):
         task = progress.add_task(name, total=given.seconds)
-        row = replay.replay(front, *world, lambda passed: progress.update(task, completed=passed))
+        row, seen = replay.replay(front, *world, lambda passed: progress.update(task, completed=passed))
+        write_json(given.work / f"online-{name}.json", [asdict(one) for one in seen])
     end = time.monotonic() + 60.0
     while any(server.load() != (0, 0) for server in pair.values()):
         if time.monotonic() > end:
@@ -198,7 +199,7 @@ def describe(row: Mapping[str, Any]) -> str:
     return (
         f"{row['policy']}: {row['online_requests']} online requests, {row['online_failed']} failed; "
         f"{row['preemptions']:.0f} preemptions, {row['pulls']:.0f} pulls, {row['wasted_fraction']:.0%} of offline work "
-        "thrown away"
+        "thrown away" + ("" if row["offline_left"] > 0 else "; the offline work ran out: give it more --jobs")
     )
 
 

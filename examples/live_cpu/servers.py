@@ -160,29 +160,52 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def _shares(count: int) -> list[set[int]]:
+    """CPU cores for each of ``count`` servers: its own ones where there are enough, as every instance has its GPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // count
+    return [set(cores[index * each : (index + 1) * each] if each else cores) for index in range(count)]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def spawn(name: str, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str], cwd: Path) -> Server:
-    """Start one server without waiting for it."""
+def spawn(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    environment: Mapping[str, str],
+    cwd: Path,
+    cores: set[int] | None = None,
+) -> Server:
+    """Start one server without waiting for it, on ``cores`` where they are given."""
+
+    def prepare() -> None:
+        _die_with_parent()
+        if cores:
+            os.sched_setaffinity(0, cores)
+
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=cwd,
-            env={**os.environ, **environment}, start_new_session=True, preexec_fn=_die_with_parent,
+            env={**os.environ, **environment}, start_new_session=True, preexec_fn=prepare,
         )  # fmt: skip
     return Server(name, f"http://127.0.0.1:{port}", log, process)
 
 
-def start_vllm(python: Path, model: Path, name: str, folder: Path, engine: Engine = Engine()) -> Server:
+def start_vllm(
+    python: Path, model: Path, name: str, folder: Path, engine: Engine = Engine(), cores: set[int] | None = None
+) -> Server:
     """Start vLLM without waiting for it; its log is ``folder/NAME.log``."""
     port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port),
                "--model", str(model), "--served-model-name", MODEL, *engine.options()]  # fmt: skip
-    return spawn(name, command, port, folder / f"{name}.log", VLLM_ENVIRONMENT, folder)
+    return spawn(name, command, port, folder / f"{name}.log", VLLM_ENVIRONMENT, folder, cores)
 
 
 @contextmanager
@@ -197,8 +220,8 @@ def vllm_servers(
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         servers = {}
-        for name, engine in engines.items():
-            servers[name] = start_vllm(python, model, name, folder, engine)
+        for (name, engine), cores in zip(engines.items(), _shares(len(engines)), strict=True):
+            servers[name] = start_vllm(python, model, name, folder, engine, cores)
             stack.callback(servers[name].stop)
         started = time.monotonic()
         for server in servers.values():

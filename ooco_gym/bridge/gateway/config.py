@@ -81,6 +81,7 @@ class BridgeConfig:
     control_interval_s: float = 1.0
     scrape_interval_s: float = 0.5
     policy_time_s: float = 0.25
+    cost_correction: bool = True  # of predicted iterations by what the engines show
     dry_run: bool = False
     bytes_per_token: float = 4.0
     decision_log: str | None = None
@@ -108,6 +109,7 @@ _KEYS = (
     "control_interval_s",
     "scrape_interval_s",
     "policy_time_s",
+    "cost_correction",
     "dry_run",
     "bytes_per_token",
     "decision_log",
@@ -163,6 +165,7 @@ def parse_config(values: Any, environment: Mapping[str, str] | None = None) -> B
         control_interval_s=_positive(top, "control_interval_s", 1.0),
         scrape_interval_s=_positive(top, "scrape_interval_s", 0.5),
         policy_time_s=_positive(top, "policy_time_s", 0.25),
+        cost_correction=_flag(top, "cost_correction", True),
         dry_run=_flag(top, "dry_run", False),
         bytes_per_token=_positive(top, "bytes_per_token", 4.0),
         decision_log=_text(top, "decision_log"),

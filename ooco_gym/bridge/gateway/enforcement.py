@@ -17,11 +17,12 @@ ENFORCED_KNOBS: dict[str, str] = {
     "what runs there already is not paused, and online requests are never held back",
     "pull_kv": "offline work goes to a strict instance while its KV usage is below this",
     "pull_length": "the waiting offline request nearest to pull_length * L* goes to the strict instance first",
+    "strict_prefill": "a strict instance with online requests computes an offline prompt while a piece of it is within "
+    "this and the iteration within tpot_bound; one without any computes what it likes",
     "kv_reserve": "an offline request is sent while its prompt leaves this share of the scraped KV free",
 }
 UNENFORCED_KNOBS: dict[str, str] = {
     "prefill_chunk": "the engine cuts prompts into pieces by its own max_num_batched_tokens",
-    "strict_prefill": "the engine decides what shares an iteration with decodes",
     "pushback": "a running decode cannot be moved with its KV; aborting it would waste what pushback wants to save",
     "strict_share": "instances keep the role that the cluster file gives them",
 }
@@ -44,18 +45,26 @@ _RULE_NOTES = {
 }
 
 
+def missing(config: BridgeConfig, knob: str) -> str | None:
+    """Why a knob has no effect in this deployment; None where it has."""
+    if knob in UNENFORCED_KNOBS:
+        return UNENFORCED_KNOBS[knob]
+    if config.dry_run:
+        return "dry_run decides and logs only"
+    if knob in ("pull_kv", "pull_length", "tpot_bound", "strict_prefill") and config.pull_mode == "off":
+        return "pull is off in the cluster file"
+    if knob == "pull_length" and config.pull_mode == "handover":
+        return "with a connector the request at the head is handed over"
+    if knob == "strict_prefill" and config.pull_mode == "handover":
+        return "with a connector strict instances compute no offline prompts"
+    return None
+
+
 def not_enforced(config: BridgeConfig, rules: Mapping[str, str]) -> list[str]:
     """One sentence for each knob or chosen rule that has no or less effect here than in the simulator."""
-    notes = []
-    for knob in KNOB_NAMES:
-        if config.dry_run and knob in ENFORCED_KNOBS:
-            notes.append(f"knob {knob} is not enforced: dry_run decides and logs only")
-        elif knob in UNENFORCED_KNOBS:
-            notes.append(f"knob {knob} is not enforced: {UNENFORCED_KNOBS[knob]}")
-        elif knob in ("pull_kv", "pull_length", "tpot_bound") and config.pull_mode == "off":
-            notes.append(f"knob {knob} is not enforced: pull is off in the cluster file")
-        elif knob == "pull_length" and config.pull_mode == "handover":
-            notes.append("knob pull_length is not enforced: with a connector the request at the head is handed over")
+    notes = [
+        f"knob {knob} is not enforced: {reason}" for knob in KNOB_NAMES if (reason := missing(config, knob)) is not None
+    ]
     for rule in RULES:
         choice = rules[rule]
         if choice not in ENFORCED_RULES.get(rule, ()):

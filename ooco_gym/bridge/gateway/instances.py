@@ -50,6 +50,8 @@ class Scrape:
     waiting: float
     kv_usage: float
     first_tokens: float | None = None  # count of the TTFT histogram: requests that got their first token
+    gaps: float = 0.0  # count and seconds of the gaps between two tokens of a request
+    gaps_s: float = 0.0
     preemptions: float = 0.0
     prompt_tokens: float = 0.0
     generation_tokens: float = 0.0
@@ -62,6 +64,8 @@ _SUMS = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv_usage",
     "vllm:time_to_first_token_seconds_count": "first_tokens",
+    "vllm:inter_token_latency_seconds_count": "gaps",
+    "vllm:inter_token_latency_seconds_sum": "gaps_s",
     "vllm:num_preemptions_total": "preemptions",
     "vllm:prompt_tokens_total": "prompt_tokens",
     "vllm:generation_tokens_total": "generation_tokens",
@@ -75,8 +79,7 @@ def parse_scrape(text: str, at_s: float) -> Scrape:
     blocks: int | None = None
     block_tokens: int | None = None
     # Only the families that are needed: the page has some 400 lines of histogram buckets.
-    wanted = ("vllm:num_requests", "vllm:kv_cache", "vllm:time_to_first_token_seconds_count", "vllm:num_preemptions",
-              "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:cache_config_info")  # fmt: skip
+    wanted = (*_SUMS, "vllm:cache_config_info")
     lines = [line for line in text.splitlines() if line.startswith(wanted)]
     try:
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
@@ -124,6 +127,8 @@ class Instance:
         self.scrape: Scrape | None = None
         self.scrape_error = ""
         self.tokens_at_scrape = 0
+        self.decodes_at_scrape = (0, 0)  # and their tokens in context
+        self.gaps: tuple[float, float] | None = None  # mean seconds and count of gaps between tokens, not yet learned
         self.kv_blocks = kv_blocks
         self.block_tokens = block_tokens
         self.max_seqs = config.max_num_seqs or max_seqs
@@ -157,6 +162,9 @@ class Instance:
         self.tokens_at_scrape = self.load.tokens
         if self.config.kv_blocks is None and scrape.kv_blocks:
             self.kv_blocks, self.block_tokens = scrape.kv_blocks, scrape.block_tokens or self.block_tokens
+        if before is not None and scrape.gaps > before.gaps:
+            count = scrape.gaps - before.gaps
+            self.gaps = ((scrape.gaps_s - before.gaps_s) / count, count)
         if before is not None and before.first_tokens is not None and scrape.first_tokens is not None:
             self._promote(int(scrape.first_tokens - before.first_tokens) - self.first_streamed - self.blind_ended)
         self.first_streamed = self.blind_ended = 0

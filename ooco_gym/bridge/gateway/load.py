@@ -103,10 +103,23 @@ class Load:
         self.offline_tokens = 0
         self.online = 0
         self.offline = 0
+        self._peaks = [
+            (0, 0),
+            (0, 0),
+        ]  # most online requests and their tokens: in the running period, in the one before
 
     @property
     def tokens(self) -> int:
         return self.online_tokens + self.offline_tokens
+
+    def peak(self) -> tuple[int, int]:
+        """(requests, tokens) of online work here at its most, in the running period and the one before."""
+        (count, tokens), (before, tokens_before) = self._peaks
+        return max(count, before), max(tokens, tokens_before)
+
+    def next_period(self) -> None:
+        """Begin a period of ``peak``."""
+        self._peaks = [(self.online, self.online_tokens), self._peaks[0]]
 
     def enter(self, request: Request, phase: int) -> None:
         """A request is sent here, to be prefilled or, with its KV, to decode."""
@@ -117,6 +130,7 @@ class Load:
         if request.online:
             self.online += 1
             self.online_tokens += request.context_tokens
+            self._peaks[0] = (max(self._peaks[0][0], self.online), max(self._peaks[0][1], self.online_tokens))
         else:
             self.offline += 1
             self.offline_tokens += request.context_tokens

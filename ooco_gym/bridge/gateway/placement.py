@@ -162,6 +162,8 @@ class Placement:
         # One batch of prefills at a time, so that an online arrival never finds more than one in its way.
         if load.offline_prefills and load.offline_prefill_tokens + request.prompt_tokens > self.max_batch_tokens:
             return False
+        if load.online and not self.disaggregated and not self._shares(instance, request):
+            return False
         if not load.requests:
             return True  # into an empty cache in any case: only the engine can say that it is too small
         return instance.kv_usage() + (request.prompt_tokens + 1) / instance.kv_tokens <= 1.0 - self.knobs["kv_reserve"]
@@ -175,47 +177,70 @@ class Placement:
             return False
         return load.pending == 0 or self.rules["prefill_order"] == "fcfs"
 
+    def held(self, instance: Instance) -> tuple[int, int]:
+        """(sequences, tokens) that an instance decodes, on their way there included, with online work at its peak.
+
+        A stock engine cannot pause what was sent to it (23), so the room that online work took a moment ago stays its.
+        """
+        load, (online, online_tokens) = instance.load, instance.load.peak()
+        return (online + load.offline + instance.reserved,
+                online_tokens + load.offline_tokens + instance.reserved_tokens)  # fmt: skip
+
     def pull_length(self, instance: Instance) -> float:
-        """L*, the preferred context of a pulled request (27); below 1 nothing is wanted."""
-        load = instance.load
-        batch = load.online + load.offline + instance.reserved
-        context = load.tokens + instance.reserved_tokens
+        """L*, the preferred context of a pulled request (27); at least 1, which prefers the shortest."""
+        batch, context = self.held(instance)
         left = max(math.ceil(instance.saturation_batch) - batch, 1)
         free = max((1.0 - instance.kv_usage()) * instance.kv_tokens - instance.reserved_tokens, 0.0)
         length = free // left
         if math.isfinite(self.bound_s):
             c0, c1 = self.prediction.affine_s(instance.index, batch + left)
             length = min(length, (self.bound_s / 0.98 - c0 - c1 * context) / (c1 * left))
-        return float(math.floor(length))
+        return max(float(math.floor(length)), 1.0)
 
     def pulls(self, instance: Instance, now_s: float) -> bool:
         """A strict instance asks for offline work now (27)."""
         if self.rules["migration"] == "none" or self.rules["admission"] != "gate" or now_s < instance.next_pull_s:
             return False
-        load = instance.load
         if not self._ready(instance, now_s):
             return False
         usage = instance.kv_usage() + instance.reserved_tokens / instance.kv_tokens
         if usage >= self.knobs["pull_kv"]:
             return False
-        batch = load.online + load.offline + instance.reserved
-        iteration_s = self.prediction.decode_s(instance.index, batch, load.tokens + instance.reserved_tokens)
-        return iteration_s < 0.9 / 0.98 * self.bound_s and self.pull_length(instance) >= 1.0
+        return self.prediction.decode_s(instance.index, *self.held(instance)) < 0.9 / 0.98 * self.bound_s
 
     def fits(self, instance: Instance, request: Request) -> bool:
         """One more sequence of this context keeps a strict instance within KV and the bound."""
-        load = instance.load
-        tokens = load.tokens + instance.reserved_tokens
         free = (1.0 - instance.kv_usage()) * instance.kv_tokens - instance.reserved_tokens
         if request.prompt_tokens + 1 > free:
             return False
-        batch = load.online + load.offline + instance.reserved + 1
-        return self.prediction.decode_s(instance.index, batch, tokens + request.prompt_tokens) <= self.bound_s
+        batch, tokens = self.held(instance)
+        return self.prediction.decode_s(instance.index, batch + 1, tokens + request.prompt_tokens) <= self.bound_s
+
+    def computes(self, instance: Instance, request: Request) -> bool:
+        """A strict instance may compute this offline prompt itself (39): within strict_prefill and the bound.
+
+        Where no online request is, nobody is slowed, and one that comes aborts what is in its way.
+        """
+        if not instance.load.online:
+            return True
+        return self._piece(instance, request) <= self.knobs["strict_prefill"] and self._shares(instance, request)
+
+    def _piece(self, instance: Instance, request: Request) -> int:
+        """Tokens of a prompt that the engine computes in one iteration beside its decodes."""
+        load = instance.load
+        return min(request.prompt_tokens, max(self.max_batch_tokens - load.online - load.offline, 1))
+
+    def _shares(self, instance: Instance, request: Request) -> bool:
+        """An iteration with a piece of this offline prompt stays within the bound (39, 40)."""
+        load, piece = instance.load, self._piece(instance, request)
+        return self.prediction.mixed_s(instance.index, piece, load.online + load.offline, load.tokens) <= self.bound_s
 
     def preferred(self, instance: Instance, waiting: Iterable[Request]) -> Request | None:
-        """Whom a pull takes among the first of the backlog: nearest to pull_length * L*, or the longest."""
+        """Whom a pull computes itself, among the first of the backlog: nearest to pull_length * L*, or the longest."""
         candidates = [
-            request for _, request in zip(range(LOOKAHEAD), waiting, strict=False) if self.fits(instance, request)
+            request
+            for _, request in zip(range(LOOKAHEAD), waiting, strict=False)
+            if self.fits(instance, request) and self.computes(instance, request)
         ]
         if self.rules["migration"] == "longest":
             return max(candidates, key=lambda request: request.prompt_tokens, default=None)

@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ooco_gym.roofline import decode_affine, decode_s, prefill_s
+from ooco_gym.bridge.gateway.correction import Correction
+from ooco_gym.roofline import causal_pairs, decode_affine, decode_s, iteration_s, prefill_s
 from ooco_gym.scenario import Scenario
 
 DECAY = 0.98  # of what was learned about lengths, per answer
 
 
 class Prediction:
-    """Predicted seconds on each instance, by its row in the scenario."""
+    """Predicted seconds on each instance, by its row in the scenario; iterations that decode are corrected."""
 
     def __init__(self, scenario: Scenario) -> None:
         self._costs = [scenario.scheduler_cost[row] for row in range(scenario.instances)]
+        self._alone_s = [float(decode_s(cost, 1.0, 1.0)) for cost in self._costs]
+        self.corrections = [Correction() for _ in self._costs]
         self.prefill_s(0, 1)  # compiled or loaded before the first request waits for it
-        self.decode_s(0, 1, 1)
         self.affine_s(0, 1)
+        self.mixed_s(0, 1, 1, 1)
 
     def prefill_s(self, instance: int, tokens: float) -> float:
         """A prompt of ``tokens``, alone in its iteration."""
@@ -29,12 +32,31 @@ class Prediction:
 
     def decode_s(self, instance: int, batch: float, context_tokens: float) -> float:
         """A decode iteration of ``batch`` sequences with ``context_tokens`` in total; 0 for none."""
-        return float(decode_s(self._costs[instance], float(batch), float(context_tokens))) if batch > 0 else 0.0
+        if batch <= 0:
+            return 0.0
+        return self._corrected(instance, decode_s(self._costs[instance], float(batch), float(context_tokens)), batch)
 
     def affine_s(self, instance: int, batch: float) -> tuple[float, float]:
         """(c0, c1) of a decode iteration of ``batch`` sequences, c0 + c1 * context."""
         c0, c1 = decode_affine(self._costs[instance], float(batch))
-        return float(c0), float(c1)
+        return self._corrected(instance, c0, batch), self.corrections[instance].a * float(c1)
+
+    def mixed_s(self, instance: int, tokens: int, batch: int, context_tokens: int) -> float:
+        """An iteration that decodes ``batch`` sequences and computes the first ``tokens`` of a prompt besides."""
+        new, longest = float(tokens), context_tokens / max(batch, 1)
+        cost, pairs = self._costs[instance], float(causal_pairs(float(tokens), 0.0))
+        seconds = iteration_s(cost, new, pairs, new * new, new, 1.0, float(batch), float(context_tokens), longest)
+        return self._corrected(instance, seconds, batch + 1)
+
+    def _corrected(self, instance: int, predicted_s: float, batch: float) -> float:
+        return self.corrections[instance].corrected_s(float(predicted_s), batch, self._alone_s[instance])
+
+    def observed(self, instance: int, gap_s: float, tokens: float, batch: float, context_tokens: float) -> None:
+        """An engine left ``gap_s`` between ``tokens`` pairs of tokens, in the mean, at this mean load."""
+        if batch > 0:
+            batch = max(batch, 1.0)
+            predicted_s = float(decode_s(self._costs[instance], batch, context_tokens))
+            self.corrections[instance].observe(gap_s, tokens, predicted_s, batch, self._alone_s[instance])
 
 
 class PromptLengths:

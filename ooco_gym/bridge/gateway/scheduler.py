@@ -28,6 +28,7 @@ from ooco_gym.bridge.gateway.prediction import Prediction
 from ooco_gym.bridge.gateway.preemption import Preemption
 
 log = logging.getLogger("ooco_gym.bridge")
+PEAK_PERIOD_S = 15.0  # the peak of online work on an instance is remembered for one to two of these
 OFFLINE_TRIES = 5  # answers of 5xx before an offline request is given up; unreachable instances do not count
 
 
@@ -59,6 +60,7 @@ class Scheduler:
         # A request that leaves an instance, and a first token, may open the gate.
         self.forwarder.released = ledger.on_first_token = self.backlog.wake
         self.closing = False
+        self._period_end_s = PEAK_PERIOD_S
         self._interactive: dict[Request, None] = {}  # offline requests whose client waits
 
     def apply(self, knobs: Mapping[str, float], rules: Mapping[str, str] | None = None) -> None:
@@ -220,8 +222,19 @@ class Scheduler:
         """What a new scrape of an instance, or a missing one, means for the requests there."""
         if instance.scrape is None or instance.scrape.first_tokens is None:
             self._assume_prefilled(instance)
+        self._learn(instance)
         self.preemption.relieve(instance)
         self.backlog.wake()
+
+    def _learn(self, instance: Instance) -> None:
+        """Correct predicted iterations by the engine's gaps between tokens, at the mean load between two scrapes."""
+        load = instance.load
+        decodes, tokens = load.online_decodes + load.offline_decodes, load.tokens
+        if instance.gaps is not None and self.config.cost_correction:
+            batch = (decodes + instance.decodes_at_scrape[0]) / 2.0
+            context = (tokens + instance.decodes_at_scrape[1]) / 2.0
+            self.prediction.observed(instance.index, *instance.gaps, batch, context)
+        instance.gaps, instance.decodes_at_scrape = None, (decodes, tokens)
 
     def _assume_prefilled(self, instance: Instance) -> None:
         """Without the engine's count of first tokens the prediction says which unstreamed requests decode."""
@@ -234,7 +247,12 @@ class Scheduler:
     def sweep(self) -> None:
         """Give up on instances that went silent and on clients that do not read."""
         now_s, timeouts = self.ledger.now_s(), self.config.timeouts
+        next_period = now_s >= self._period_end_s
+        if next_period:
+            self._period_end_s = now_s + PEAK_PERIOD_S
         for instance in self.instances:
+            if next_period:
+                instance.load.next_period()
             for request in list(instance.load.requests):
                 silent_s = now_s - request.progress_s
                 dead = not instance.up and silent_s > 2.0 * timeouts.probe_s

@@ -8,7 +8,7 @@ from typing import Any
 
 from ooco_gym.bridge.gateway.config import ROLES
 from ooco_gym.bridge.gateway.control import Control
-from ooco_gym.bridge.gateway.enforcement import ENFORCED_KNOBS, UNENFORCED_KNOBS
+from ooco_gym.bridge.gateway.enforcement import ENFORCED_KNOBS, missing
 from ooco_gym.bridge.gateway.instances import Instance
 from ooco_gym.cluster.control import KNOBS, WHOLE_PROMPT
 from ooco_gym.cluster.telemetry import FIELDS, Telemetry
@@ -110,8 +110,8 @@ def _decision(control: Control) -> dict[str, Any]:
             "ooco": knob.ooco,
             "words": words(knob.name, last.knobs[knob.name], last.telemetry),
             "meaning": knob.meaning,
-            "enforced": knob.name in ENFORCED_KNOBS and not control.config.dry_run,
-            "how": ENFORCED_KNOBS.get(knob.name) or UNENFORCED_KNOBS[knob.name],
+            "enforced": missing(control.config, knob.name) is None,
+            "how": missing(control.config, knob.name) or ENFORCED_KNOBS[knob.name],
             "why": [
                 {"field": field, "value": last.telemetry[field], "unit": _UNITS[field]} for field in BEHIND[knob.name]
             ],
