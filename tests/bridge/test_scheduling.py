@@ -13,6 +13,7 @@ pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
 from fake_upstream import FakeUpstream, upstreams
 from harness import config_for, gateway, text_of
 
+from ooco_gym.bridge.gateway.load import Request
 from ooco_gym.policy import ConstantPolicy
 
 PROMPT = {"model": "tiny", "prompt": "once upon a time", "max_tokens": 8}
@@ -231,13 +232,14 @@ def test_pull_respects_the_bound_on_tpot():
         async with upstreams(relaxed, strict):
             async with gateway(config_for([relaxed], [strict])) as client:
                 placement, instance = client.scheduler.placement, client.scheduler.instances[1]
-                assert placement.pulls(instance, 0.0)
+                waiting = Request("r", "/v1/completions", b"", False, False, 100)
+                assert placement.pulls(instance, 0.0) and placement.fits(instance, waiting)
                 assert placement.pull_length(instance) > 1
                 placement.knobs["tpot_bound"] = 0.3
                 placement.tpot_s = 0.01  # 3 ms: less than an iteration of this model
-                assert not placement.pulls(instance, 0.0)
+                assert placement.pull_length(instance) == 1 and not placement.fits(instance, waiting)
                 placement.rules["mix_selection"] = "all"
-                assert placement.pulls(instance, 0.0)
+                assert placement.pulls(instance, 0.0) and placement.fits(instance, waiting)
                 placement.rules["migration"] = "none"
                 assert not placement.pulls(instance, 0.0)
 
