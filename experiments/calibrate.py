@@ -41,7 +41,10 @@ from rich.table import Table
 
 from ooco_gym import presets
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline.calibrate import COLUMNS, Fit, fit, from_two_numbers, read_table, write_yaml
+from ooco_gym.roofline.calibration.fit import Fit, fit
+from ooco_gym.roofline.calibration.preset import write_yaml
+from ooco_gym.roofline.calibration.table import COLUMNS, read_table
+from ooco_gym.roofline.calibration.two_numbers import from_two_numbers
 from ooco_gym.roofline.hardware import HardwareSpec, resolve_hardware
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline.calibrate import Measurement, balanced, batch_kind
+from ooco_gym.roofline.calibration.measurement import Measurement, balanced, batch_kind
 from ooco_gym.roofline.hardware import HardwareSpec, resolve_hardware
 from ooco_gym.roofline.model import ModelSpec, resolve_model
 

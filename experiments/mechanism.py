@@ -3,151 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from given import Given
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from mechanism_episode import Episode, Row, simulate
+from mechanism_panels import GREY, INK, STYLE, figure_of, key_to, lanes, measure, note, title, write
 
-from ooco_gym.cluster import Simulator
 from ooco_gym.cluster import log as events
-from ooco_gym.cluster.control import knobs_from_mapping
-from ooco_gym.evaluation.timeline import (
-    COLOURS,
-    STAGE_COLOURS,
-    Key,
-    Log,
-    Span,
-    Stage,
-    draw_stages,
-    draw_timeline,
-    draw_tokens,
-    legend_handles,
-    parts_of,
-    read_spans,
-    read_stages,
-    read_transfers,
-    token_times,
-)
-from ooco_gym.scenario import Scenario, build_scenario
-from ooco_gym.workload import OfflineJobs, Requests
+from ooco_gym.evaluation.history import key_of, read_spans, read_stages, read_transfers, token_times
+from ooco_gym.evaluation.timeline import COLOURS, draw_timeline
 
-STYLE: dict[Any, Any] = {"font.size": 8.0, "svg.fonttype": "none", "svg.hashsalt": "ooco-gym", "hatch.linewidth": 0.6}
 PAIR = {0: "relaxed 0", 1: "strict 1"}  # instances of the cluster of one and one
-INK, GREY = "#333333", "#888888"
-Row = tuple[float, int, int]  # arrival in seconds, prompt and output tokens
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A simulated episode: its log, and the times at which ``watch`` was read, with what it said."""
-
-    log: Log
-    times_s: list[float]
-    watched: list[dict[str, float]]
-
-    def ttft_s(self, request: int) -> float:
-        arrival = self.log[(self.log["kind"] == events.ARRIVAL) & (self.log["request"] == request)]
-        return token_times(self.log)[False, request][0] - float(arrival["time_s"][0])
-
-    def tpot_s(self, request: int) -> float:
-        times = token_times(self.log)[False, request]
-        return (times[-1] - times[0]) / (len(times) - 1)
-
-    def count(self, kind: int) -> int:
-        return int((self.log["kind"] == kind).sum())
-
-
-def world(online: Sequence[Row], offline: Sequence[Row], endless: bool, until_s: float, **groups: Any) -> Scenario:
-    """Qwen2.5-7B on A100 without noise; the workload is given row by row, the rest by ``groups``."""
-    groups = {"cluster": {"relaxed": 1, "strict": 1}, "slo": {"ttft_s": 0.5, "tpot_s": 0.05}} | groups
-    scenario = build_scenario(
-        {**groups, "episode_s": until_s, "warmup_s": 0.0, "cost": {"noise_sigma": 0.0, "bias_sigma": 0.0}}
-    )
-    arrival, prompt, output = np.array(online or np.zeros((0, 3))).T
-    jobs = np.array(offline or np.zeros((0, 3))).T
-    given = OfflineJobs(endless, np.zeros(0) if endless else jobs[0], jobs[1], jobs[2])
-    return replace(scenario, online=Given(Requests(arrival, prompt, output)), offline=Given(given))  # type: ignore[arg-type]
-
-
-def simulate(
-    until_s: float,
-    online: Sequence[Row] = (),
-    offline: Sequence[Row] = (),
-    endless: bool = False,
-    rules: Mapping[str, str] | None = None,
-    knobs: Mapping[float, Mapping[str, float]] | None = None,
-    watch_s: float = 0.0,
-    **groups: Any,
-) -> Episode:
-    """Run an episode with ``knobs`` set at their times and the telemetry read every ``watch_s`` seconds."""
-    simulator = Simulator(world(online, offline, endless, until_s, **groups), rules, seed=0, log=True)
-    settings = dict(knobs or {})
-    stops = {until_s, *settings, *(np.arange(1, until_s / watch_s) * watch_s if watch_s else ())}
-    times_s, watched = [], []
-    for stop_s in sorted(stops):
-        if stop_s > 0.0:
-            simulator.run(float(stop_s))
-        if stop_s in settings:
-            simulator.set_knobs(knobs_from_mapping(settings[stop_s]))
-        times_s.append(float(stop_s))
-        watched.append(simulator.telemetry().to_dict())
-    return Episode(simulator.log(), times_s, watched)
-
-
-def figure_of(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(9.0, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(np.atleast_1d(figure.subplots(rows, columns, **options)).flat)
-
-
-def title(axis: Axes, text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=8)
-
-
-def key_to(figure: Figure, spans: Sequence[Span], stages: Sequence[str] = ()) -> None:
-    """One legend above all panels: the colours of the bars and the greys of the lives."""
-    handles = legend_handles(parts_of(spans))
-    handles += [Rectangle((0, 0), 1, 1, facecolor=STAGE_COLOURS[name][1], label=name) for name in stages]
-    figure.legend(
-        handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=7, handlelength=1.2,
-        columnspacing=1.0,
-    )  # fmt: skip
-
-
-def lanes(
-    axis: Axes, log: Log, requests: Mapping[Key, str], unit: str, since: Mapping[Key, float] | None = None
-) -> None:
-    """Lives of single requests, one row each, with a stroke for every token."""
-    for index, key in enumerate(requests):
-        stages = read_stages(log, key)
-        if since and key in since:  # the log does not say when an offline request joined the backlog
-            stages = [Stage("waiting", -1, since[key], stages[0].start_s), *stages]
-        draw_stages(axis, stages, key[0], -index, unit)
-        draw_tokens(axis, token_times(log).get(key, []), -index, unit)
-    axis.set_yticks([-index for index in range(len(requests))], list(requests.values()))
-    axis.tick_params(axis="y", length=0)
-    axis.set_ylim(-len(requests) + 0.45, 0.6)
-    axis.set_xlabel(f"simulated time [{unit}]")
-
-
-def measure(axis: Axes, left: float, right: float, y: float, text: str) -> None:
-    """A dimension line."""
-    axis.annotate("", (left, y), (right, y), arrowprops={"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0})
-    axis.text((left + right) / 2, y + 0.06, text, ha="center", va="bottom", fontsize=7)
-
-
-def note(axis: Axes, x: float, y: float, text: str, **options: Any) -> None:
-    look: dict[str, Any] = {"fontsize": 7, "color": INK, "ha": "left", "va": "center"}
-    axis.text(x, y, text, **(look | options))
 
 
 def online_life() -> Figure:
@@ -369,7 +240,7 @@ def failure() -> Figure:
         log, axes[0], 0.8, 2.3, "s", {0: "relaxed 0", 1: "relaxed 1", 2: "strict 2", 3: "strict 3"}, legend=False
     )
     axes[0].set_xlabel("")
-    lost = [(bool(event["offline"]), int(event["request"])) for event in log[log["kind"] == events.LOST]]
+    lost = [key_of(event) for event in log[log["kind"] == events.LOST]]
     followed = [next(key for key in lost if not key[0]), next(key for key in lost if key[0])]
     lanes(axes[1], log, {key: f"{'offline' if key[0] else 'online'} {key[1]}" for key in followed}, "s")
     key_to(figure, read_spans(log), ("waiting", "transfer", "resident"))
@@ -421,23 +292,12 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 }
 
 
-def _shorter(attribute: re.Match[str]) -> str:
-    """An SVG attribute in tenths of a point, paths on one line: half the bytes, and no difference to the eye."""
-    text = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", attribute[0])
-    return re.sub(r" ?\n([Lz]) ?", r"\1", text)
-
-
 def draw(name: str, folder: Path, suffix: str = "svg") -> Path:
-    """Simulate and write one figure: the same bytes every time, without a date, a version or a random name."""
+    """Simulate and write one figure."""
     path = folder / f"{name}.{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = FIGURES[name]()
-        if suffix == "svg":
-            figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-            path.write_text(re.sub(r'"[^"]*"', _shorter, path.read_text()))
-        else:
-            figure.savefig(path)
+        write(FIGURES[name](), path)
     return path
 
 

@@ -38,31 +38,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import measured_iterations as measured
 import numpy as np
-from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ooco_gym.errors import OocoError
-from ooco_gym.roofline.calibrate import (
-    BOUNDS,
-    Fit,
-    Measurement,
-    Terms,
-    batch_kind,
-    errors,
-    fit,
-    from_two_numbers,
-    predict_s,
-    solve,
-    terms,
-    two_numbers,
-    unit_device,
-)
+from ooco_gym.roofline.calibration.fit import BOUNDS, Fit, errors, fit, solve
+from ooco_gym.roofline.calibration.measurement import Measurement, batch_kind
+from ooco_gym.roofline.calibration.terms import Array, Terms, predict_s, terms, unit_device
+from ooco_gym.roofline.calibration.two_numbers import from_two_numbers, two_numbers
 from ooco_gym.roofline.hardware import CalibratedConstants, HardwareSpec, resolve_hardware
 from ooco_gym.roofline.model import ModelSpec, resolve_model
 
-Array = NDArray[np.float64]
 KINDS = ("decode", "prefill", "mixed")
 TWO_KERNELS = ("a100", "h100")  # their mixed batches are two kernels
 #: Where every fit starts, and what it keeps of a constant that its data do not identify: round values, the same for all

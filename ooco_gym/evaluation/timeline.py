@@ -1,8 +1,7 @@
-"""A Gantt chart of any logged episode: what each instance did and when, from the event log alone.
+"""A Gantt chart of any logged episode: what each instance did and when, and the lives of single requests.
 
-``Simulator(scenario, rules, seed, log=True)`` keeps the log; :func:`draw_timeline` draws it. The same reading of the
-log is open to a script of one's own: :func:`read_spans`, :func:`read_transfers`, :func:`read_stages`,
-:func:`token_times`.
+``Simulator(scenario, rules, seed, log=True)`` keeps the log; :func:`draw_timeline` draws it. How the log is read is
+``history.py``, which is open to a script of one's own, too.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,9 +20,7 @@ from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
 from ooco_gym.cluster import log as events
-
-Log = npt.NDArray[np.void]
-Key = tuple[bool, int]  # (offline, row or serial number): names a request in a log
+from ooco_gym.evaluation.history import Log, Span, Stage, Transfer, end_of, read_spans, read_transfers
 
 #: Blue is online and orange offline (Okabe-Ito), dark is prefill and light is decode.
 COLOURS = {
@@ -37,208 +33,15 @@ COLOURS = {
     "down": "#8C8C8C",
     "draining": "#CC79A7",
 }
-ROLES = ("relaxed", "strict", "unified")
 _HATCHES = {"thrown away": "////", "recomputed": "xxx"}
 _INK = "#333333"
 _HALF = 0.38  # half the height of a row
+_UNITS = {"s": 1.0, "ms": 1e3}
 
 
-@dataclass(frozen=True)
-class Span:
-    """What one instance did for a time; pairs are (online, offline).
-
-    ``kind`` is ``iteration``, ``thrown away`` (an interrupted prefill, or one that a failure cut off), ``down`` or
-    ``draining``. ``recomputed`` counts the prompt tokens that had been prefilled before.
-    """
-
-    instance: int
-    start_s: float
-    end_s: float
-    kind: str = "iteration"
-    decodes: tuple[int, int] = (0, 0)
-    prompt_tokens: tuple[int, int] = (0, 0)
-    recomputed: int = 0
-
-    @property
-    def seconds(self) -> float:
-        return self.end_s - self.start_s
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Colours of the bar: one for each class and phase that takes part."""
-        amounts = (*self.decodes, *self.prompt_tokens)
-        names = ("online decode", "offline decode", "online prefill", "offline prefill")
-        return tuple(name for name, amount in zip(names, amounts, strict=True) if amount)
-
-    @property
-    def hatch(self) -> str:
-        """How the bar is marked: work that is lost, or done a second time; empty for any other."""
-        return self.kind if self.kind == "thrown away" else "recomputed" if self.recomputed else ""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """KV on its way, time in the link's queue included. ``why``: ``hand-over``, ``pull`` or ``push``."""
-
-    source: int
-    target: int
-    start_s: float
-    end_s: float
-    request: Key
-    tokens: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A time in a request's life: ``waiting``, ``prefill``, ``thrown away``, ``held``, ``transfer``, ``decode``,
-    ``resident`` (with its KV there, not in the decode batch), ``begun`` (a partial prefill) or ``on host``."""
-
-    name: str
-    instance: int
-    start_s: float
-    end_s: float
-
-
-def _key(event: Any) -> Key:
-    return bool(event["offline"]), int(event["request"])
-
-
-def _end_of(log: Log) -> float:
-    return float(log["time_s"][-1]) if len(log) else 0.0
-
-
-def _pieces(log: Log) -> Iterable[tuple[Any, list[Any]]]:
-    """Every event with the pieces of the batch that it ends, where it ends one."""
-    open_pieces: dict[int, list[Any]] = defaultdict(list)
-    ending = (events.ITERATION_END, events.INTERRUPTED, events.FAILED)
-    for event in log:
-        instance = int(event["instance"])
-        if event["kind"] == events.PIECE:
-            open_pieces[instance].append(event)
-            yield event, []
-        elif event["kind"] in ending:
-            yield event, open_pieces.pop(instance, [])
-        else:
-            yield event, []
-
-
-def read_spans(log: Log) -> list[Span]:
-    """Iterations, work thrown away, down times and drains, in order of their ends.
-
-    The log does not say when a decode iteration began that a failure cut off; it is left out.
-    """
-    spans: list[Span] = []
-    selected: dict[int, set[Key]] = defaultdict(set)
-    since: dict[tuple[str, int], float] = {}
-    for event, pieces in _pieces(log):
-        kind, instance, time_s = int(event["kind"]), int(event["instance"]), float(event["time_s"])
-        tokens = tuple(sum(int(p["a"]) for p in pieces if bool(p["offline"]) == offline) for offline in (False, True))
-        prompt = (tokens[0], tokens[1])
-        if kind == events.ENTER:
-            selected[instance].add(_key(event))
-        elif kind == events.EXIT:
-            selected[instance].discard(_key(event))
-        elif kind == events.ITERATION_END:
-            offline = sum(key[0] for key in selected[instance]) if event["a"] else 0
-            decodes = (int(event["a"]) - offline, offline)
-            start_s = time_s - float(event["seconds"])
-            spans.append(Span(instance, start_s, time_s, "iteration", decodes, prompt, int(event["d"])))
-        elif kind == events.INTERRUPTED:
-            spans.append(Span(instance, time_s - float(event["seconds"]), time_s, "thrown away", (0, 0), prompt))
-        elif kind == events.FAILED:
-            since["down", instance] = time_s
-            if pieces:
-                spans.append(Span(instance, float(pieces[0]["time_s"]), time_s, "thrown away", (0, 0), prompt))
-        elif kind == events.STARTS_DRAINING and ("draining", instance) not in since:
-            since["draining", instance] = time_s
-        else:
-            ended = {events.RECOVERED: "down", events.ROLE_CHANGED: "draining", events.STARTS_DRAINING: "draining"}
-            if (start := since.pop((ended.get(kind, ""), instance), None)) is not None:
-                spans.append(Span(instance, start, time_s, ended[kind]))
-    spans += [Span(instance, start_s, _end_of(log), kind) for (kind, instance), start_s in since.items()]
-    return spans
-
-
-def read_transfers(log: Log) -> list[Transfer]:
-    """Every hand-over, pull and pushback, in order of their starts. One that is under way at the end of the log ends
-    there; one that a failure cut off ends with the failure."""
-    found: list[Transfer] = []
-    open_at: dict[Key, int] = {}
-    why: dict[Key, str] = {}
-    for event in log:
-        kind, key = int(event["kind"]), _key(event)
-        if kind in (events.PULLED, events.PUSHED):
-            why[key] = "pull" if kind == events.PULLED else "push"
-        elif kind == events.TRANSFER_START:
-            open_at[key] = len(found)
-            source, target, tokens = int(event["instance"]), int(event["a"]), int(event["b"])
-            start_s = float(event["time_s"])
-            found.append(Transfer(source, target, start_s, _end_of(log), key, tokens, why.pop(key, "hand-over")))
-        elif kind in (events.TRANSFERRED, events.LOST) and key in open_at:
-            at = open_at.pop(key)
-            found[at] = replace(found[at], end_s=float(event["time_s"]))
-    return found
-
-
-def token_times(log: Log) -> dict[Key, list[float]]:
-    """When each request emitted its tokens, seconds: the first is TTFT's, the gaps are TBT."""
-    times: dict[Key, list[float]] = defaultdict(list)
-    selected: dict[int, dict[Key, None]] = defaultdict(dict)
-    for event in log:
-        kind, instance, time_s = int(event["kind"]), int(event["instance"]), float(event["time_s"])
-        if kind == events.ENTER:
-            selected[instance][_key(event)] = None
-        elif kind == events.EXIT:
-            selected[instance].pop(_key(event), None)
-        elif kind == events.PREFILLED:
-            times[_key(event)].append(time_s)
-        elif kind == events.ITERATION_END and event["a"]:
-            for key in selected[instance]:
-                times[key].append(time_s)
-    return dict(times)
-
-
-_STAGE_AFTER = {
-    events.ARRIVAL: "waiting",
-    events.ROUTED: "waiting",
-    events.PIECE: "prefill",
-    events.PREFILLED: "resident",
-    events.BECAME_RESIDENT: "resident",
-    events.ENTER: "decode",
-    events.EXIT: "resident",
-    events.WAITS_HELD: "held",
-    events.TRANSFER_START: "transfer",
-    events.EVICTED: "waiting",
-    events.LOST: "waiting",
-    events.CHECKPOINTED: "on host",
-    events.FINISHED: "",
-    events.CANCELLED: "",
-}
-
-
-def read_stages(log: Log, request: Key) -> list[Stage]:
-    """The life of one request, without gaps, from its arrival; of an offline one from its first piece, for the log does
-    not say when it joined the backlog."""
-    stages: list[Stage] = []
-    name, where, since_s = "", -1, 0.0
-
-    def change(to: str, instance: int, now_s: float) -> None:
-        nonlocal name, where, since_s
-        if name and now_s > since_s:
-            stages.append(Stage(name, where, since_s, now_s))
-        name, where, since_s = to, instance, now_s
-
-    for event, pieces in _pieces(log):
-        kind, time_s = int(event["kind"]), float(event["time_s"])
-        if any(_key(piece) == request for piece in pieces):
-            cut_off = kind != events.ITERATION_END
-            name = "thrown away" if cut_off else name
-            change("waiting" if cut_off else "begun", int(event["instance"]), time_s)
-        elif kind in _STAGE_AFTER and event["request"] >= 0 and _key(event) == request:
-            change(_STAGE_AFTER[kind], int(event["instance"]), time_s)
-    change("", -1, _end_of(log))
-    return stages
+def _mark(span: Span) -> str:
+    """How a bar is hatched: work that is lost, or done a second time; empty for any other."""
+    return span.kind if span.kind == "thrown away" else "recomputed" if span.recomputed else ""
 
 
 def _merged(spans: Sequence[Span], shortest_s: float) -> list[Span]:
@@ -251,7 +54,7 @@ def _merged(spans: Sequence[Span], shortest_s: float) -> list[Span]:
         if (
             before is not None
             and span.kind == before.kind == "iteration"
-            and (span.parts, span.hatch) == (before.parts, before.hatch)
+            and (span.parts, _mark(span)) == (before.parts, _mark(before))
             and span.seconds < shortest_s
             and abs(span.start_s - before.end_s) < 1e-9
         ):
@@ -281,8 +84,8 @@ def _bars(axis: Axes, spans: Sequence[Span], row: Mapping[int, float], unit: flo
         if span.kind == "down":
             boxes["down", False].append((left, right, middle - _HALF, middle + _HALF))
             continue
-        if span.hatch:
-            hatched[span.hatch].append((left, right, middle - _HALF, middle + _HALF))
+        if mark := _mark(span):
+            hatched[mark].append((left, right, middle - _HALF, middle + _HALF))
         height = 2 * _HALF / max(len(span.parts), 1)
         for index, part in enumerate(span.parts):
             bottom = middle - _HALF + index * height
@@ -331,10 +134,10 @@ def draw_timeline(
     ``unit`` is ``s`` or ``ms``. Without ``axis`` a new figure is made:
     ``draw_timeline(log).figure.savefig("episode.svg")``.
     """
-    end_s = _end_of(log) if end_s is None else end_s
+    end_s = end_of(log) if end_s is None else end_s
     if names is None:
         names = {i: f"instance {i}" for i in range(1 + max((int(i) for i in log["instance"]), default=0))}
-    factor = {"s": 1.0, "ms": 1e3}[unit]
+    factor = _UNITS[unit]
     row = {instance: -float(index) for index, instance in enumerate(names)}
     if axis is None:
         figure = Figure(figsize=(9.0, 1.2 + 0.6 * len(row)), dpi=150, layout="constrained")
@@ -370,7 +173,7 @@ def draw_timeline(
 
 def parts_of(spans: Iterable[Span]) -> list[str]:
     """The colours that some spans need, in the order of :data:`COLOURS`."""
-    used = {part for span in spans for part in (*span.parts, span.kind, span.hatch)}
+    used = {part for span in spans for part in (*span.parts, span.kind, _mark(span))}
     return [name for name in COLOURS if name in used]
 
 
@@ -400,7 +203,7 @@ STAGE_COLOURS = {
 
 def draw_stages(axis: Axes, stages: Sequence[Stage], offline: bool, row: float, unit: str = "s") -> None:
     """The life of one request as a bar at height ``row`` of an axis: see :func:`read_stages`."""
-    factor = {"s": 1.0, "ms": 1e3}[unit]
+    factor = _UNITS[unit]
     for name, colours in STAGE_COLOURS.items():
         boxes = [(s.start_s * factor, s.end_s * factor, row - 0.25, row + 0.25) for s in stages if s.name == name]
         _boxes(axis, boxes, facecolor=colours[offline], edgecolor="none")
@@ -410,7 +213,7 @@ def draw_stages(axis: Axes, stages: Sequence[Stage], offline: bool, row: float, 
 
 def draw_tokens(axis: Axes, times_s: Sequence[float], row: float, unit: str = "s") -> None:
     """A short stroke at every token of a request."""
-    factor = {"s": 1.0, "ms": 1e3}[unit]
+    factor = _UNITS[unit]
     points = [(t * factor, row + end) for t in times_s if math.isfinite(t) for end in (-0.25, 0.25)]
     if points:
         codes = [Path.MOVETO, Path.LINETO] * (len(points) // 2)

@@ -8,16 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import mechanism
+from experiments import mechanism, mechanism_episode
 from ooco_gym.cluster.control import KNOB_NAMES, RULES, knobs_from_mapping
 from ooco_gym.cluster.simulator import Simulator
-from ooco_gym.evaluation.timeline import (
-    draw_timeline,
-    read_spans,
-    read_stages,
-    read_transfers,
-    token_times,
-)
+from ooco_gym.evaluation.history import read_spans, read_stages, read_transfers, token_times
+from ooco_gym.evaluation.timeline import draw_timeline
 from ooco_gym.roofline import decode_s, prefill_s
 from ooco_gym.specs import FaultSpec, Outage
 from tests.reference.cases import Case
@@ -26,8 +21,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_life_of_one_online_request():
-    episode = mechanism.simulate(1.0, [(0.1, 1000, 3)])
-    cost = mechanism.world((), (), False, 1.0).true_cost[0]
+    episode = mechanism_episode.simulate(1.0, [(0.1, 1000, 3)])
+    cost = mechanism_episode.world((), (), False, 1.0).true_cost[0]
     prefilled_s = 0.1 + float(prefill_s(cost, 1000.0))
     there_s = prefilled_s + 0.002 + 1000 * 57344 / 25e9
     second_s = there_s + float(decode_s(cost, 1.0, 1001.0))

@@ -10,20 +10,12 @@ import pytest
 
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import build_cost, iteration_s, resolve_hardware, resolve_model
-from ooco_gym.roofline.calibrate import (
-    COLUMNS,
-    Measurement,
-    balanced,
-    batch_kind,
-    errors,
-    fit,
-    from_two_numbers,
-    predict_s,
-    read_table,
-    terms,
-    two_numbers,
-    write_yaml,
-)
+from ooco_gym.roofline.calibration.fit import errors, fit
+from ooco_gym.roofline.calibration.measurement import Measurement, balanced, batch_kind
+from ooco_gym.roofline.calibration.preset import write_yaml
+from ooco_gym.roofline.calibration.table import COLUMNS, read_table
+from ooco_gym.roofline.calibration.terms import predict_s, terms
+from ooco_gym.roofline.calibration.two_numbers import from_two_numbers, two_numbers
 from ooco_gym.roofline.cost import causal_pairs
 from ooco_gym.roofline.hardware import hardware_from_mapping
 

@@ -16,7 +16,9 @@ import roofline_validation as validation
 
 from ooco_gym.errors import OocoError
 from ooco_gym.roofline import resolve_hardware
-from ooco_gym.roofline.calibrate import errors, fit, from_two_numbers, predict_s, terms
+from ooco_gym.roofline.calibration.fit import errors, fit
+from ooco_gym.roofline.calibration.terms import predict_s, terms
+from ooco_gym.roofline.calibration.two_numbers import from_two_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 
