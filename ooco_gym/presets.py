@@ -5,6 +5,8 @@ Hydra reads the same files in a checkout; an installed wheel carries them inside
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,14 @@ def load(group: str, name: str) -> dict[str, Any]:
     if name not in names(group):
         raise OocoError(f"unknown {group} '{name}': known are {', '.join(names(group)) or 'none'}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))  # Hydra's own parser: 1.6e12 is a number here, too
+        content = deepcopy(_parsed(path, path.stat().st_mtime_ns))
     except YAMLError as error:
         raise OocoError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+@cache
+def _parsed(path: Path, changed_ns: int) -> Any:
+    """What a file holds. Parsing takes milliseconds and a scenario reads seven presets, so a file is parsed again only
+    when its time of change is another."""
+    return OmegaConf.to_container(OmegaConf.load(path))  # Hydra's own parser: 1.6e12 is a number here, too

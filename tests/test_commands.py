@@ -1,4 +1,7 @@
-"""The main job and compare.py from end to end, as a user runs them, on a small window of a real trace."""
+"""The main job and compare.py from end to end, as a user runs them, on a small window of a real trace.
+
+Each test starts Python, Hydra and torch, once or many times: all are slow.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ from ooco_gym.errors import OocoError
 from ooco_gym.policy import NetworkPolicy, load_policy
 from ooco_gym.workload import find_data
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW = "workload.window=[0,600]"
 SHORT = ["episode_s=60", "warmup_s=10"]
@@ -53,7 +57,6 @@ def trained(trace, tmp_path_factory):
     return folder, done.stdout
 
 
-@pytest.mark.slow
 def test_the_main_job_on_a_real_window(trained):
     folder, printed = trained
     results = json.loads((folder / "results.json").read_text())
@@ -79,7 +82,6 @@ def test_the_main_job_on_a_real_window(trained):
     assert list((folder / "wandb").glob("offline-run-*")), "W&B works without an account"
 
 
-@pytest.mark.slow
 def test_a_trained_policy_loads_and_compares(trained, tmp_path):
     folder, _ = trained
     policy = load_policy(folder / "policy")
@@ -106,7 +108,6 @@ def test_a_trained_policy_loads_and_compares(trained, tmp_path):
     assert (tmp_path / "compare" / "comparison.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_a_trace_and_two_runs_of_ones_own(trained, tmp_path):
     folder, _ = trained
     trace = tmp_path / "mine.csv"
@@ -128,7 +129,6 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "hydra.run.dir" in done.stderr
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -160,7 +160,6 @@ def test_ctrl_c_keeps_the_policy_and_prints_the_table(tmp_path):
     load_policy(folder / "policy")
 
 
-@pytest.mark.slow  # each starts Python, Hydra and torch
 @pytest.mark.parametrize(
     ("script", "arguments", "named"),
     [

@@ -1,5 +1,6 @@
 """Preset files: where they are found, how numbers are read, and the sentence for a name that is not there."""
 
+import os
 from dataclasses import fields
 
 import pytest
@@ -67,6 +68,19 @@ def test_an_empty_file_is_an_empty_mapping(monkeypatch, tmp_path):
     assert presets.load("slo", "empty") == {}
 
 
+def test_a_preset_is_the_callers_own_and_is_read_again_when_it_changes(monkeypatch, tmp_path):
+    path = tmp_path / "slo" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("ttft_s: 1.0\nclasses: [{name: a}]\n")
+    monkeypatch.setattr(presets, "conf_dir", lambda: tmp_path)
+    first = presets.load("slo", "mine")
+    first["classes"][0]["name"] = "b"
+    assert presets.load("slo", "mine") == {"ttft_s": 1.0, "classes": [{"name": "a"}]}
+    path.write_text("ttft_s: 2.0\n")
+    os.utime(path, ns=(0, 0))  # another time of change however coarse the clock of the file system
+    assert presets.load("slo", "mine") == {"ttft_s": 2.0}
+
+
 def test_a_preset_that_is_no_yaml(monkeypatch, tmp_path):
     (tmp_path / "slo").mkdir()
     (tmp_path / "slo" / "broken.yaml").write_text("ttft_s: [1, 2\n")
@@ -76,12 +90,9 @@ def test_a_preset_that_is_no_yaml(monkeypatch, tmp_path):
 
 
 def test_defaults_agree_with_the_configuration_file():
-    """``conf/config.yaml``, once it is there, names the presets of ``DEFAULT_PRESETS``."""
-    path = presets.conf_dir() / "config.yaml"
-    if not path.is_file():
-        pytest.skip("conf/config.yaml is not there yet")
+    """``conf/config.yaml`` names the presets of ``DEFAULT_PRESETS``."""
     groups = {}
-    for entry in OmegaConf.load(path).defaults:
+    for entry in OmegaConf.load(presets.conf_dir() / "config.yaml").defaults:
         if entry != "_self_":
             groups |= {str(key).removeprefix("override "): value for key, value in entry.items()}
     assert {group: groups.get(group) for group in DEFAULT_PRESETS} == DEFAULT_PRESETS

@@ -82,16 +82,18 @@ def end_of(log: Log) -> float:
     return float(log["time_s"][-1]) if len(log) else 0.0
 
 
+_ENDS_BATCH = (events.ITERATION_END, events.INTERRUPTED, events.FAILED)
+
+
 def _pieces(log: Log) -> Iterable[tuple[Any, list[Any]]]:
     """Every event with the pieces of the batch that it ends, where it ends one."""
     open_pieces: dict[int, list[Any]] = defaultdict(list)
-    ending = (events.ITERATION_END, events.INTERRUPTED, events.FAILED)
     for event in log:
         instance = int(event["instance"])
         if event["kind"] == events.PIECE:
             open_pieces[instance].append(event)
             yield event, []
-        elif event["kind"] in ending:
+        elif event["kind"] in _ENDS_BATCH:
             yield event, open_pieces.pop(instance, [])
         else:
             yield event, []
@@ -203,13 +205,14 @@ def read_stages(log: Log, request: Key) -> list[Stage]:
             stages.append(Stage(name, where, since_s, now_s))
         name, where, since_s = to, instance, now_s
 
-    for event, pieces in _pieces(log):
+    own = (log["offline"] == request[0]) & (log["request"] == request[1])
+    for event, pieces in _pieces(log[own | np.isin(log["kind"], _ENDS_BATCH)]):
         kind, time_s = int(event["kind"]), float(event["time_s"])
-        if any(key_of(piece) == request for piece in pieces):
+        if pieces:
             cut_off = kind != events.ITERATION_END
             name = "thrown away" if cut_off else name
             change("waiting" if cut_off else "begun", int(event["instance"]), time_s)
-        elif kind in _STAGE_AFTER and event["request"] >= 0 and key_of(event) == request:
+        elif kind in _STAGE_AFTER and event["request"] == request[1]:
             change(_STAGE_AFTER[kind], int(event["instance"]), time_s)
     change("", -1, end_of(log))
     return stages

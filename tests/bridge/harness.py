@@ -76,6 +76,17 @@ def text_of(body):
     return text
 
 
+async def _shut_down(server):
+    """What uvicorn does at its end, but waiting for its connections to go instead of 0.1 s."""
+    for listener in server.servers:
+        listener.close()
+    for connection in list(server.server_state.connections):
+        connection.shutdown()
+    while server.server_state.connections or server.server_state.tasks:
+        await asyncio.sleep(0.001)
+    await server.lifespan.shutdown()
+
+
 @asynccontextmanager
 async def gateway(config, policy=None, signals=False):
     """A client of a running gateway. ``signals``: under the server's own loop, which ends it (and costs 0.2 s)."""
@@ -96,5 +107,4 @@ async def gateway(config, policy=None, signals=False):
         finally:
             server.should_exit = True
             await session.close()
-            await asyncio.sleep(0.01)  # the server sees its connections go
-            await asyncio.wait_for(server.shutdown() if task is None else task, 10)
+            await asyncio.wait_for(_shut_down(server) if task is None else task, 10)

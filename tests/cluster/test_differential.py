@@ -6,7 +6,6 @@ counter and on KV use, at every stop of the episode.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from ooco_gym.cluster.control import KNOB_NAMES, RULES, knobs_from_mapping, ooco_knobs
-from tests.reference.cases import FORMS, Case, cases
+from tests.reference.cases import FORMS, Case, cases, examples
 from tests.reference.compare import run_both
 
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -256,7 +255,7 @@ def test_a_drain_may_end_before_the_role_changes():
 
 @given(case=cases())
 @example(case=Case(offline_kind="endless", offline=20, relaxed=2, strict=2, online=40))
-@settings(max_examples=300 if os.environ.get("CI") else 100, **SETTINGS)
+@settings(max_examples=examples(300, 100), **SETTINGS)
 def test_kernel_agrees_with_reference(case):
     _agree(case)
 
@@ -403,7 +402,7 @@ def _bits(simulator) -> dict[str, bytes]:
 
 
 @given(case=cases())
-@settings(max_examples=200 if os.environ.get("CI") else 60, **SETTINGS)
+@settings(max_examples=examples(200, 60), **SETTINGS)
 def test_stops_are_invisible(case):
     """Many control intervals without a change of knobs give the same bits as one run (24: runs may be cut anywhere)."""
     case = replace(case, knobs=())

@@ -6,7 +6,6 @@ Numbers in brackets are sentences of docs/specification.md. Each invariant has i
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -58,10 +57,10 @@ from ooco_gym.roofline.cost import causal_pairs
 from ooco_gym.specs import CostSpec, FaultSpec
 from ooco_gym.workload import MixtureLengths, OfflineWork, PoissonArrivals, SyntheticSource
 from ooco_gym.workload.lengths import Component
-from tests.reference.cases import Case, cases
+from tests.reference.cases import Case, cases, examples
 
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-SETTINGS["max_examples"] = 200 if os.environ.get("CI") else 40  # the inner loop stays under two minutes
+SETTINGS["max_examples"] = examples(200, 40)
 RULE_NAMES = tuple(RULES)
 
 
@@ -687,7 +686,7 @@ def test_the_log_changes_nothing(case, seed, noise):
 
 
 @given(case=cases(), seed=st.integers(0, 3))
-@settings(**{**SETTINGS, "max_examples": 50})
+@settings(**{**SETTINGS, "max_examples": examples(50, 20)})
 def test_reading_changes_nothing(case, seed):
     read, unread = built(case, seed, noise=True), built(case, seed, noise=True)
     for one, other in zip(stops(case, read), stops(case, unread), strict=True):
@@ -699,7 +698,7 @@ def test_reading_changes_nothing(case, seed):
 
 
 @given(case=cases(), seed=st.integers(0, 3))
-@settings(**{**SETTINGS, "max_examples": 50})
+@settings(**{**SETTINGS, "max_examples": examples(50, 20)})
 def test_same_seed_same_bits(case, seed):
     one, two, other = (built(case, number, noise=True) for number in (seed, seed, seed + 1))
     for simulator in (one, two, other):
@@ -751,7 +750,7 @@ def test_the_example_of_a_copy_has_everything_in_flight():
 @pytest.mark.parametrize("how", ["restored", "deep copy", "pickled"])
 @given(case=cases(), share=st.floats(0.0, 1.0))
 @example(case=IN_FLIGHT, share=0.5)
-@settings(**{**SETTINGS, "max_examples": 60})
+@settings(**{**SETTINGS, "max_examples": examples(60, 15)})
 def test_a_copy_taken_anywhere_goes_on_with_the_same_bits(how, case, share):
     """state() and restore(), or a copy of the whole simulator, log included: both futures are one."""
     simulator = built(case, noise=True, log=True)

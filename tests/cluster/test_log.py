@@ -16,7 +16,7 @@ from ooco_gym.cluster.outcome import Outcome
 from ooco_gym.cluster.state import TBT_FIRST_S, TBT_RATIO
 from ooco_gym.scenario import build_scenario
 from tests.cluster.recount import online_requests, read, recount
-from tests.reference.cases import cases
+from tests.reference.cases import cases, examples
 
 BASE_PD = baselines.load("base-pd").rules
 BEYOND = {"strict_prefill": 512, "prefill_chunk": 512, "pushback": 0.6, "gate_batch": 2.0}
@@ -89,7 +89,7 @@ def test_the_outcome_is_counted_again_from_the_log(logged):
 
 
 @given(case=cases())
-@settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, max_examples=100)
+@settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, max_examples=examples(100, 40))
 def test_small_clusters_under_every_rule_are_counted_again(case):
     simulator = Simulator(case.scenario(), dict(zip(RULES, case.rules, strict=True)), log=True)
     for seconds, knobs in case.ticks():

@@ -6,6 +6,7 @@ can shrink it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +34,11 @@ HARDWARE = HardwareSpec(
 OTHER_HARDWARE = replace(HARDWARE, name="other toy", peak_flops_per_s=1e11, hbm_bytes_per_s=3e9)
 DEVICES = (HARDWARE, OTHER_HARDWARE)
 FORMS = ("calibrated", "ooco-xllm")
+
+
+def examples(in_ci: int, here: int) -> int:
+    """How many random cases a test draws: CI looks long, the inner loop stays under two minutes."""
+    return in_ci if os.environ.get("CI") else here
 
 
 class Given:
