@@ -18,7 +18,7 @@ relaxed_decodes_*              ledger: offline requests sent to relaxed instance
 relaxed_kv_*, strict_kv_*      scrape (kv_cache_usage_perc), shared out to the classes by the ledger's tokens in
                                context; without a scrape those tokens over the size of the cache
 strict_online_s_*,             scheduler cost of the ledger's decoding requests (phase and contexts) on strict
-strict_batch_s_*               instances
+strict_batch_s_*               instances, corrected by the engines' own gaps between tokens
 strict_decodes_*               ledger: requests that decode on strict instances
 strict_paused_mean             0: a stock engine pauses nothing
 arriving_prefill_*,            ledger: online arrivals of whole past seconds, the running one left out
