@@ -43,28 +43,52 @@ _RULE_NOTES = {
     "evicted_kv": "the engine recomputes what it evicts",
     "admission": "there are no unified instances behind a gateway",
 }
+_PULL_KNOBS = ("pull_kv", "pull_length", "strict_prefill")
+_OFFLINE_KNOBS = ("gate_batch", "kv_reserve", *_PULL_KNOBS)
+#: Rules under which knobs have nothing left to decide: rule, choice, knobs, what happens instead.
+_SWITCHED_OFF: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("admission", "none", _OFFLINE_KNOBS, "no offline work is sent"),
+    ("admission", "unified", _OFFLINE_KNOBS, "no offline work is sent"),
+    ("preemption", "iteration", ("preempt_slack",), "nothing is aborted"),
+    ("prefill_order", "fcfs", ("preempt_slack",), "nothing is aborted"),
+    ("migration", "none", _PULL_KNOBS, "nothing is pulled"),
+    ("migration", "longest", ("pull_length",), "the longest request is pulled"),
+    ("mix_selection", "all", ("tpot_bound",), "iterations have no bound"),
+)
 
 
-def missing(config: BridgeConfig, knob: str) -> str | None:
-    """Why a knob has no effect in this deployment; None where it has."""
-    if knob in UNENFORCED_KNOBS:
-        return UNENFORCED_KNOBS[knob]
-    if config.dry_run:
-        return "dry_run decides and logs only"
-    if knob in ("pull_kv", "pull_length", "tpot_bound", "strict_prefill") and config.pull_mode == "off":
-        return "pull is off in the cluster file"
-    if knob == "pull_length" and config.pull_mode == "handover":
-        return "with a connector the request at the head is handed over"
-    if knob == "strict_prefill" and config.pull_mode == "handover":
-        return "with a connector strict instances compute no offline prompts"
-    return None
+def without_effect(config: BridgeConfig) -> dict[str, str]:
+    """Knobs that a gateway of this cluster file does not act on, each with the reason; a dry run is not looked at."""
+    why = dict(UNENFORCED_KNOBS)
+    if config.pull_mode == "off":
+        knobs = _PULL_KNOBS if config.connector == "none" else (*_PULL_KNOBS, "tpot_bound")  # plain routing has a bound
+        why |= dict.fromkeys(knobs, "pull is off in the cluster file")
+    elif config.pull_mode == "handover":
+        why["pull_length"] = "with a connector the request at the head is handed over"
+        why["strict_prefill"] = "with a connector strict instances compute no offline prompts"
+    return why
+
+
+def idle(config: BridgeConfig, rules: Mapping[str, str]) -> dict[str, str]:
+    """Knobs that change nothing here, each with the reason: those of ``without_effect``, and those that a rule or the
+    pools of the cluster file leave nothing to decide."""
+    why: dict[str, str] = {}
+    for rule, choice, knobs, reason in _SWITCHED_OFF:
+        if rules[rule] == choice:
+            why |= dict.fromkeys(knobs, f"with the rule {rule}={choice} {reason}")
+    if rules["offline_decode"] == "strict" and config.connector != "none":
+        why["pull_kv"] = "with the rule offline_decode=strict every offline decode goes to a strict instance"
+    if len({entry.role for entry in config.instances}) == 1:
+        why |= dict.fromkeys(_PULL_KNOBS, "with one pool there is nobody to pull from")
+    return why | without_effect(config)
 
 
 def not_enforced(config: BridgeConfig, rules: Mapping[str, str]) -> list[str]:
     """One sentence for each knob or chosen rule that has no or less effect here than in the simulator."""
-    notes = [
-        f"knob {knob} is not enforced: {reason}" for knob in KNOB_NAMES if (reason := missing(config, knob)) is not None
-    ]
+    why = (dict.fromkeys(KNOB_NAMES, "dry_run decides and logs only") if config.dry_run else {}) | without_effect(
+        config
+    )
+    notes = [f"knob {knob} is not enforced: {why[knob]}" for knob in KNOB_NAMES if knob in why]
     for rule in RULES:
         choice = rules[rule]
         if choice not in ENFORCED_RULES.get(rule, ()):
