@@ -6,3 +6,9 @@ class OocoError(ValueError):
 
     Commands catch it, print the sentence and exit with status 2; a traceback is for our own defects.
     """
+
+
+def shown(value: object) -> str:
+    """What a user gave, short enough to stand in a sentence."""
+    text = "empty" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -109,6 +109,7 @@ def replay(
 
 
 _COUNTERS = {
+    "offline_prompt": ("ooco_prompt_tokens_total", "offline"),
     "offline_output": ("ooco_output_tokens_total", "offline"),
     "offline_finished": ("ooco_requests_total", 'class="offline",outcome="finished"'),
     "wasted_prompt": ("ooco_wasted_tokens_total", "prompt"),
@@ -169,9 +170,7 @@ def outcome(seen: Sequence[Seen], counts: Mapping[str, float], work: Slice, scen
     failed = np.array([bool(entry.error) for entry in seen], bool)
     late = failed | ~(ttft <= slo.ttft_s) | ~(tpot <= slo.tpot_s)
     violations = float(late.mean()) if len(seen) else math.nan
-    # The gateway's metrics do not count prompts of finished offline requests; the mean of the slice stands for them.
-    mean_prompt = float(np.mean([len(piece.prompt) for piece in work.offline]))
-    useful_s = counts["offline_finished"] * mean_prompt * scenario.ideal_prompt_token_s
+    useful_s = counts["offline_prompt"] * scenario.ideal_prompt_token_s
     useful_s += counts["offline_output"] * scenario.ideal_output_token_s
     wasted_s = counts["wasted_prompt"] * scenario.ideal_prompt_token_s
     wasted_s += counts["wasted_output"] * scenario.ideal_output_token_s

@@ -21,6 +21,7 @@ from ooco_gym.cluster.control import KNOB_NAMES, check_rules, ooco_knobs
 from ooco_gym.cluster.observation import observe
 from ooco_gym.cluster.telemetry import Telemetry
 from ooco_gym.errors import OocoError
+from ooco_gym.policy import ConstantPolicy
 
 GATE = KNOB_NAMES.index("gate_batch")
 
@@ -109,9 +110,23 @@ def test_a_policy_that_hangs_is_not_asked_again_before_it_answers():
     run(scenario())
 
 
+def test_a_constant_policy_waits_for_no_thread_and_cannot_be_late(monkeypatch):
+    async def scenario():
+        monkeypatch.setattr("ooco_gym.bridge.gateway.control._Thread.call", lambda *_: asyncio.Future())  # starved
+        async with upstreams(FakeUpstream()) as (fake,):
+            policy = ConstantPolicy("patient", knobs={"gate_batch": 3.0})
+            async with gateway(config_for([fake], policy_time_s=0.001), policy) as client:
+                control = client.bridge.control
+                await client.until(lambda: control.decisions > 3)
+                assert control.fallbacks == 0 and control.last.policy == "patient"
+                assert client.scheduler.placement.knobs["gate_batch"] == 3.0
+
+    run(scenario())
+
+
 def test_decision_log_can_be_read_again(tmp_path):
     async def scenario():
-        path = tmp_path / "logs" / "decisions.jsonl"
+        path = tmp_path / "decisions.jsonl"
         async with upstreams(FakeUpstream()) as (fake,):
             async with gateway(config_for([fake], decision_log=str(path), dry_run=True), Moody()) as client:
                 await client.until(lambda: client.bridge.control.decisions > 3)
@@ -127,11 +142,10 @@ def test_decision_log_can_be_read_again(tmp_path):
 
 
 def test_log_that_cannot_be_written_is_told_at_start(tmp_path):
-    (tmp_path / "file").write_text("")
     config = parse_config(
         {
             "instances": [{"url": "http://127.0.0.1:1", "role": "relaxed"}],
-            "decision_log": str(tmp_path / "file" / "log"),
+            "decision_log": str(tmp_path / ("x" * 300)),
         }
     )
     with pytest.raises(OocoError, match=r"^decision_log .* cannot be written"):

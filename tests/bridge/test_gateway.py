@@ -49,8 +49,13 @@ def test_models_health_and_metrics():
             page = (await client.get("/metrics"))[1].decode()
             assert 'ooco_requests_total{class="online",outcome="finished"} 1.0' in page
             assert 'ooco_output_tokens_total{class="online"} 8.0' in page
-            assert (await client.get("/nothing"))[0] == 404
-            assert (await client.get("/v1/completions"))[0] == 405
+            assert 'ooco_prompt_tokens_total{class="online"} 16.0' in page  # as the engine counts them
+            assert 'ooco_prompt_tokens_total{class="offline"} 0.0' in page
+            await client.text({**PROMPT, "service_tier": "flex"})
+            page = (await client.get("/metrics"))[1].decode()
+            assert 'ooco_prompt_tokens_total{class="offline"} 16.0' in page
+            assert f'ooco_instance_up{{engine="0",role="relaxed",url="{only.url}"}} 1.0' in page
+            assert "instance=" not in page  # Prometheus puts that label on every series itself
             only.healthy = False
             await client.until(lambda: not client.scheduler.instances[0].up)
             status, body = await client.get("/health")
@@ -80,6 +85,41 @@ def test_bad_bodies_are_refused_in_openai_form(body, status, code):
                 assert (got, error["code"]) == (status, code)
                 assert set(error) == {"message", "type", "param", "code"}
                 assert not only.log
+
+    run(scenario())
+
+
+def test_paths_and_methods_that_are_not_there(tmp_path):
+    async def scenario():
+        async with upstreams(FakeUpstream()) as (only,):
+            async with gateway(config_for([only], jobs=str(tmp_path / "jobs.sqlite"))) as client:
+                for method, path, status, allow in (
+                    ("GET", "/v1/completions", 405, "POST"),
+                    ("HEAD", "/v1/chat/completions", 405, "POST"),
+                    ("PUT", "/v1/files", 405, "GET, HEAD, POST"),  # two routes
+                    ("POST", "/v1/files/none", 405, "DELETE, GET, HEAD"),
+                    ("POST", "/health", 405, "GET, HEAD"),
+                    ("GET", "/v1/embeddings", 404, None),
+                    ("POST", "/nothing", 404, None),
+                ):
+                    async with client.session.request(method, client.base + path) as answer:
+                        assert (answer.status, answer.headers.get("Allow")) == (status, allow)
+                        if method != "HEAD":
+                            error = (await answer.json())["error"]
+                            assert error["type"] == "invalid_request_error" and path in error["message"]
+                for path in ("/health", "/metrics", "/status", "/status.json", "/v1/models"):
+                    async with client.session.head(client.base + path) as answer:
+                        assert answer.status == 200 and not await answer.read()
+
+    run(scenario())
+
+
+def test_a_defect_is_told_in_openai_form(monkeypatch):
+    async def scenario():
+        async with upstreams(FakeUpstream()) as (only,), gateway(config_for([only])) as client:
+            monkeypatch.setattr(client.bridge.gateway.scheduler, "online", lambda *_: 1 / 0)
+            status, body, _ = await client.post(PROMPT)
+            assert status == 500 and json.loads(body)["error"]["type"] == "server_error"
 
     run(scenario())
 
@@ -118,14 +158,26 @@ def test_wrong_key_is_refused_and_upstream_key_is_sent():
             environment = {"FRONT": "secret", "BACK": "inner"}
             config = config_for([only], environment=environment, api_key_env="FRONT", upstream_key_env="BACK")
             async with gateway(config) as client:
-                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+                for given in (
+                    None,
+                    "Bearer wrong",
+                    "secret",
+                    "Bearer SECRET",
+                    "Basic secret",
+                    "Bearer",
+                    "Bearer secret x",
+                ):
+                    headers = {"Authorization": given} if given else {}
                     status, body, _ = await client.post(PROMPT, headers=headers)
                     assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
                 assert (await client.get("/v1/models"))[0] == 401
+                assert (await client.get("/v1/nothing"))[0] == 401  # what there is, is told with the key only
+                assert (await client.get("/%76%31/models"))[0] == 401
                 assert (await client.get("/health"))[0] == 200
                 assert not only.log
                 assert await client.text(PROMPT, headers={"Authorization": "Bearer secret"})
                 assert only.log[0]["authorization"] == "Bearer inner"
+                assert await client.text(PROMPT, headers={"Authorization": "bearer  secret"})  # the scheme has no case
 
     run(scenario())
 
@@ -133,7 +185,10 @@ def test_wrong_key_is_refused_and_upstream_key_is_sent():
 def test_bad_class_header_is_refused_and_classes_are_told_apart():
     async def scenario():
         async with upstreams(FakeUpstream()) as (only,), gateway(config_for([only])) as client:
-            assert (await client.post(PROMPT, headers={"X-Request-Class": "soon"}))[0] == 400
+            for name in ("soon", "batch", "", "x" * 2000):
+                status, body, _ = await client.post(PROMPT, headers={"X-Request-Class": name})
+                message = json.loads(body)["error"]["message"]
+                assert status == 400 and message.endswith("accepted are online and offline") and len(message) < 120
             for extra, headers in (({}, {"X-Request-Class": "offline"}), ({"service_tier": "flex"}, {}),
                                    ({"service_tier": "batch"}, {})):  # fmt: skip
                 await client.text({**PROMPT, **extra}, headers=headers)

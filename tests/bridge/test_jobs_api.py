@@ -122,6 +122,8 @@ def test_batches_are_listed_newest_first_page_by_page(tmp_path: Path) -> None:
         ({"endpoint": "/v1/embeddings"}, "endpoint", "'/v1/chat/completions' and '/v1/completions' are accepted"),
         ({"completion_window": "1h"}, "completion_window", "'24h' is accepted"),
         ({"metadata": {"a": 1}}, "metadata", "at most 16 strings"),
+        ({"metadata": {"a": "\ud800"}}, "metadata", "at most 16 strings"),
+        ({"metadata": {"\ud800": "a"}}, "metadata", "at most 16 strings"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata", "at most 16 strings"),
         ({"input_file_id": None}, "input_file_id", "Missing required parameter"),
         ({"input_file_id": "\ud800"}, "input_file_id", "not a string"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 
 pytest.importorskip("aiohttp", reason="the bridge extra is not installed")
 from ooco_gym.bridge.gateway.config import parse_config
 from ooco_gym.bridge.gateway.instances import Instance, Scrape, parse_scrape
-from ooco_gym.bridge.gateway.ledger import Ledger
+from ooco_gym.bridge.gateway.ledger import Ledger, Sums
 from ooco_gym.bridge.gateway.live_telemetry import read
 from ooco_gym.bridge.gateway.load import DECODE, PREFILL, Request
 from ooco_gym.bridge.gateway.prediction import Prediction, PromptLengths
@@ -186,6 +187,26 @@ def test_violations_are_booked_when_they_are_certain(world):
     assert world.read()["output_mean_tokens"] == pytest.approx((20 + 10 + 1 + 10) / 4)
     world.clock.now = 400.5
     assert world.read()["violation_rate_60s"] == 0.0
+
+
+def test_a_violation_of_long_ago_leaves_the_seconds_of_now_alone(world):
+    world.arrive(10)
+    world.clock.now += 512.0  # the same place in the ring
+    world.ledger.token(world.arrive(20), 1)
+    world.clock.now += 1.0
+    window = world.ledger.window(300)  # books the first one's violation, which nobody has looked for since
+    assert (window.seconds, window.arrivals, window.prompt_tokens, window.violations) == (300, 1, 20, 0)
+    assert world.ledger.totals.ttft_violations == 1
+
+
+def test_a_window_has_every_sum_of_its_seconds(world):
+    for age in range(3):
+        entry = world.ledger._second(float(age))
+        for index, entry_field in enumerate(fields(Sums)):
+            setattr(entry, entry_field.name, 10**age * (index + 1))
+    world.clock.now += 3.0
+    found = world.ledger.window(2)
+    assert [getattr(found, entry_field.name) for entry_field in fields(Sums)] == [110 * (i + 1) for i in range(7)]
 
 
 def test_cancelled_requests_are_no_evidence_unless_they_were_late(world):

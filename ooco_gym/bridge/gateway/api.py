@@ -7,7 +7,6 @@ are passed on as they come. Everything else is ordinary Starlette.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -23,14 +22,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
+from ooco_gym.bridge import openai_form
 from ooco_gym.bridge.gateway.config import BridgeConfig
 from ooco_gym.bridge.gateway.control import Control
 from ooco_gym.bridge.gateway.exchange import Answer, TooLongError
 from ooco_gym.bridge.gateway.handover import is_single
-from ooco_gym.bridge.gateway.http import ClientGoneError, KeyCheck, RefusedError, Reply, error_body, http_error
+from ooco_gym.bridge.gateway.http import ClientGoneError, KeyCheck, RefusedError, Reply, http_error
 from ooco_gym.bridge.gateway.instances import PATHS, InstanceError
 from ooco_gym.bridge.gateway.load import Request
 from ooco_gym.bridge.gateway.scheduler import Scheduler, UnavailableError, most_tokens
+from ooco_gym.bridge.openai_form import error_body
 
 log = logging.getLogger("ooco_gym.bridge")
 OFFLINE_TIERS = ("flex", "batch")
@@ -71,37 +72,32 @@ class Completions:
         try:
             async with asyncio.timeout(self.config.timeouts.body_s):
                 message = await receive()
-                body: bytes = message.get("body", b"")
-                while message["type"] == "http.request" and message.get("more_body", False):
-                    if len(body) > most:
-                        raise too_large
+                pieces = [message.get("body", b"")]
+                size = len(pieces[0])
+                while message["type"] == "http.request" and message.get("more_body", False) and size <= most:
                     message = await receive()
-                    body += message.get("body", b"")
+                    pieces.append(message.get("body", b""))
+                    size += len(pieces[-1])
         except TimeoutError:
             limit_s = self.config.timeouts.body_s
             raise RefusedError(408, f"the body did not arrive within timeouts.body_s ({limit_s:g} s)") from None
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        if len(body) > most:
+        if size > most:
             raise too_large
-        return body
+        return b"".join(pieces)
 
     def _parse(self, path: str, headers: Mapping[bytes, bytes], body: bytes, request_id: str) -> Request:
         try:
-            payload = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(400, f"the body is not JSON ({error})", code="invalid_json") from None
+            payload = openai_form.parse(body)
+        except ValueError as error:
+            raise RefusedError(400, f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(payload, dict):
             raise RefusedError(
                 400, f"the body is a JSON {type(payload).__name__}, an object is needed", code="invalid_json"
             )
-        needed, kinds = ("messages", (list,)) if path.endswith("chat/completions") else ("prompt", (str, list))
-        if not isinstance(payload.get(needed), kinds) and not (needed == "prompt" and "prompt_embeds" in payload):
-            what = "a list" if len(kinds) == 1 else "a text or a list"
-            raise RefusedError(400, f"'{needed}' must be {what}", needed, "invalid_value")
-        for name in ("stream",):
-            if not isinstance(payload.get(name, False), (bool, type(None))):
-                raise RefusedError(400, f"'{name}' must be true or false", name, "invalid_value")
+        if fault := openai_form.fault(path, payload):
+            raise RefusedError(400, fault[1], fault[0], "invalid_value")
         online = self._class(payload, headers)
         scheduler, limits = self.scheduler, self.config.limits
         if scheduler.closing:
@@ -134,7 +130,7 @@ class Completions:
         if header is not None:
             name = header.decode("latin-1").strip().lower()
             if name not in ("online", "offline"):
-                raise RefusedError(400, f"the header X-Request-Class is '{name}', accepted are online and offline")
+                raise RefusedError(400, f"the header X-Request-Class is '{name[:40]}', accepted are online and offline")
             return name == "online"
         return payload.get("service_tier") not in OFFLINE_TIERS
 
@@ -213,8 +209,8 @@ class Gateway:
             Route("/status.json", self.status_json),
         ]
         starlette = Starlette(routes=[*routes, *more], lifespan=lifespan)
-        starlette.add_exception_handler(404, http_error)
-        starlette.add_exception_handler(405, http_error)
+        for status in (404, 405, 500):
+            starlette.add_exception_handler(status, http_error)
         return KeyCheck(starlette, self.config.api_key)
 
     async def models(self, http: HttpRequest) -> Response:

@@ -1,8 +1,9 @@
 """The control loop: every interval Telemetry, the policy's decision under a time limit, knobs in force, a line of log.
 
-The policy runs in a thread of its own. Where it errs, takes too long or answers with knobs that are not finite or out
-of range, ooco decides that interval; the policy is asked again at the next one, so the gateway comes back by itself. A
-policy that still computes is not asked a second time before it has answered.
+A policy runs in a thread of its own. Where it errs, takes too long or answers with knobs that are not finite or out of
+range, ooco decides that interval; the policy is asked again at the next one, so the gateway comes back by itself. A
+policy that still computes is not asked a second time before it has answered. A constant computes nothing, so it needs
+neither thread nor limit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ooco_gym.bridge.gateway.scheduler import Scheduler
 from ooco_gym.cluster.control import KNOB_NAMES, check_knobs, ooco_knobs
 from ooco_gym.cluster.telemetry import Telemetry
 from ooco_gym.errors import OocoError
-from ooco_gym.policy import Knobs, Policy
+from ooco_gym.policy import ConstantPolicy, Knobs, Policy
 
 log = logging.getLogger("ooco_gym.bridge")
 
@@ -71,7 +72,6 @@ def _open_log(path: str | None) -> IO[str] | None:
     if path is None:
         return None
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         return Path(path).open("a", encoding="utf-8", buffering=1)
     except OSError as error:
         raise OocoError(f"decision_log {path}: cannot be written ({error.strerror or error})") from None
@@ -162,6 +162,8 @@ class Control:
 
     async def _ask(self, telemetry: Telemetry) -> tuple[Knobs, str | None]:
         """(knobs, why ooco decides or None)."""
+        if type(self.policy) is ConstantPolicy:
+            return self.policy.decide(telemetry), None
         if self._thread.busy:
             return ooco_knobs(), "the policy still computes an earlier decision"
         try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import json
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 404: "invalid_request_error",
-          408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+from ooco_gym.bridge.openai_form import error_body
 
 
 class RefusedError(Exception):
@@ -19,12 +18,6 @@ class RefusedError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-
-
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
-    """An error in OpenAI's form."""
-    error = {"message": message, "type": _TYPES.get(status, "server_error"), "param": param, "code": code}
-    return json.dumps({"error": error}).encode()
 
 
 class ClientGoneError(Exception):
@@ -73,11 +66,18 @@ class Reply:
 
 
 async def http_error(http: HttpRequest, error: Exception) -> Response:
+    """What the router, or a defect, has to say, in OpenAI's form."""
     status = int(getattr(error, "status_code", 500))
-    message = "no such path" if status == 404 else "this path does not accept that method"
-    return Response(
-        error_body(status, f"{message}: {http.method} {http.url.path}"), status, media_type="application/json"
-    )
+    message = {404: "no such path", 405: "this path does not accept that method"}.get(status, "the gateway failed")
+    body = error_body(status, f"{message}: {http.method} {http.url.path[:200]}")
+    headers = {"Allow": ", ".join(sorted(_methods(http)))} if status == 405 else None
+    return Response(body, status, headers, media_type="application/json")
+
+
+def _methods(http: HttpRequest) -> set[str]:
+    """Every method of this path: the router itself knows only those of the first route that has the path."""
+    routes = [route for route in http.app.routes if isinstance(route, Route)]
+    return {method for route in routes if route.matches(http.scope)[0] != Match.NONE for method in route.methods or ()}
 
 
 class KeyCheck:
@@ -85,14 +85,15 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self.app = app
-        self._expected = f"Bearer {key}".encode() if key is not None else None
+        self._expected = key.encode() if key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._expected is not None and scope["type"] == "http" and scope["path"].startswith("/v1/"):
             given = b""
             for name, value in scope["headers"]:
                 if name == b"authorization":
-                    given = value
+                    scheme, _, rest = value.partition(b" ")
+                    given = rest.strip() if scheme.lower() == b"bearer" else b""
             if not hmac.compare_digest(given, self._expected):
                 body = error_body(401, "incorrect API key: Authorization: Bearer KEY is needed", code="invalid_api_key")
                 response = Response(body, 401, {"WWW-Authenticate": "Bearer"}, media_type="application/json")

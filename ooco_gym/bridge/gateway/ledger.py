@@ -16,8 +16,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import count
+from operator import attrgetter
 
 from ooco_gym.bridge.gateway.load import DONE, Request
 
@@ -26,17 +27,33 @@ RECENT = 4096  # finished online requests whose latencies are kept for quantiles
 
 
 @dataclass(slots=True)
-class Second:
-    """Online sums of one whole second of the gateway's life."""
+class Sums:
+    """Online sums over some time."""
 
-    second: int = -1
     arrivals: int = 0
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     violations: int = 0
-    judged: int = 0
+    judged: int = 0  # requests of which it became known whether they violate
     finished: int = 0
     output_tokens: int = 0
+
+
+_SUMS = {entry.name: attrgetter(entry.name) for entry in fields(Sums)}
+
+
+@dataclass(slots=True)
+class Second(Sums):
+    """Sums of one whole second of the gateway's life."""
+
+    second: int = -1
+
+
+@dataclass(slots=True)
+class Window(Sums):
+    """Sums over the last whole seconds, the running one left out; windows that reach before the start are shorter."""
+
+    seconds: int = 0
 
 
 @dataclass
@@ -48,6 +65,7 @@ class Totals:
     online_failed: int = 0
     online_cancelled: int = 0
     online_refused: int = 0
+    online_prompt_tokens: int = 0  # of finished requests
     online_output_tokens: int = 0
     judged: int = 0  # online requests of which it is known whether they violate
     ttft_violations: int = 0
@@ -76,20 +94,6 @@ class Totals:
 
 
 @dataclass
-class Window:
-    """Sums over the last whole seconds, the running one left out; windows that reach before the start are shorter."""
-
-    seconds: int = 0
-    arrivals: int = 0
-    prompt_tokens: int = 0
-    prefill_s: float = 0.0
-    violations: int = 0
-    judged: int = 0  # online requests of which it became known whether they violate
-    finished: int = 0
-    output_tokens: int = 0
-
-
-@dataclass
 class Ledger:
     """Events in, sums out. ``clock`` gives seconds; times are kept relative to the start."""
 
@@ -115,12 +119,12 @@ class Ledger:
     def _second(self, now_s: float) -> Second:
         second = int(now_s)
         entry = self.ring[second % RING_SECONDS]
-        if entry.second != second:
-            entry.second = second
-            entry.arrivals = entry.prompt_tokens = entry.finished = entry.output_tokens = 0
-            entry.violations = entry.judged = 0
-            entry.prefill_s = 0.0
-        return entry
+        if entry.second == second:
+            return entry
+        fresh = Second(second=second)
+        if entry.second < second:  # else so long ago that no window reaches it
+            self.ring[second % RING_SECONDS] = fresh
+        return fresh
 
     def arrived(self, request: Request, predicted_prefill_s: float) -> None:
         """A request was accepted."""
@@ -182,6 +186,7 @@ class Ledger:
         self._book_late_firsts(now_s)
         self.live.pop(request, None)
         totals.online_finished += 1
+        totals.online_prompt_tokens += request.prompt_tokens
         totals.online_output_tokens += request.output_tokens
         entry = self._second(now_s)
         entry.finished += 1
@@ -231,31 +236,19 @@ class Ledger:
             self.totals.ttft_violations += 1
             self.totals.judged += 1
             request.late = True
-            entry = self._second_at(due_s)
+            entry = self._second(due_s)
             entry.judged += 1
             entry.violations += 1
-
-    def _second_at(self, when_s: float) -> Second:
-        entry = self.ring[int(when_s) % RING_SECONDS]
-        return entry if entry.second == int(when_s) else self._second(when_s)
 
     def window(self, seconds: int) -> Window:
         """Sums over the last ``seconds`` whole seconds."""
         now_s = self.now_s()
         self._book_late_firsts(now_s)
         last = math.floor(now_s) - 1
-        window = Window(seconds=min(seconds, last + 1))
-        for age in range(window.seconds):
-            entry = self.ring[(last - age) % RING_SECONDS]
-            if entry.second == last - age:
-                window.arrivals += entry.arrivals
-                window.prompt_tokens += entry.prompt_tokens
-                window.prefill_s += entry.prefill_s
-                window.violations += entry.violations
-                window.judged += entry.judged
-                window.finished += entry.finished
-                window.output_tokens += entry.output_tokens
-        return window
+        seconds = min(seconds, last + 1)
+        slots = ((second, self.ring[second % RING_SECONDS]) for second in range(last - seconds + 1, last + 1))
+        entries = [entry for second, entry in slots if entry.second == second]
+        return Window(seconds=seconds, **{name: sum(map(get, entries)) for name, get in _SUMS.items()})
 
     def quantiles_s(self) -> dict[str, float | None]:
         """Latencies of the last online streams that ended."""

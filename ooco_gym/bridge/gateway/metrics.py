@@ -43,10 +43,12 @@ class _Collector:
             violations.add_metric([objective], getattr(totals, f"{objective}_violations"))
         yield violations
         yield CounterMetricFamily("ooco_judged", "Online requests known to violate or not", value=totals.judged)
-        output = CounterMetricFamily("ooco_output_tokens", "Output tokens of finished requests", labels=["class"])
-        output.add_metric(["online"], totals.online_output_tokens)
-        output.add_metric(["offline"], totals.offline_output_tokens)
-        yield output
+        for side in ("prompt", "output"):
+            words = f"{side.capitalize()} tokens of finished requests"
+            tokens = CounterMetricFamily(f"ooco_{side}_tokens", words, labels=["class"])
+            for kind in ("online", "offline"):
+                tokens.add_metric([kind], getattr(totals, f"{kind}_{side}_tokens"))
+            yield tokens
         wasted = CounterMetricFamily(
             "ooco_wasted_tokens", "Tokens computed and thrown away by restarts", labels=["kind"]
         )
@@ -63,7 +65,7 @@ class _Collector:
             yield CounterMetricFamily(f"ooco_{name}", help_, value=getattr(totals, name))
 
     def _instances(self) -> Iterator[Metric]:
-        labels = ["instance", "role", "url"]
+        labels = ["engine", "role", "url"]  # not "instance": Prometheus itself puts that on every series
         up = GaugeMetricFamily("ooco_instance_up", "1 where the instance is healthy", labels=labels)
         running = GaugeMetricFamily("ooco_instance_requests", "Requests sent and not ended", labels=[*labels, "class"])
         usage = GaugeMetricFamily("ooco_instance_kv_usage", "Share of KV in use as last scraped", labels=labels)

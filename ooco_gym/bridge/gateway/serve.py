@@ -35,7 +35,7 @@ from ooco_gym.bridge.gateway.prediction import Prediction
 from ooco_gym.bridge.gateway.scheduler import Scheduler
 from ooco_gym.bridge.gateway.status import page, status
 from ooco_gym.cluster.observation import observe
-from ooco_gym.errors import OocoError
+from ooco_gym.errors import OocoError, shown
 from ooco_gym.policy import ConstantPolicy, Policy
 
 log = logging.getLogger("ooco_gym.bridge")
@@ -259,7 +259,7 @@ def main(settings: Mapping[str, Any]) -> None:
     if not isinstance(config_path, str):
         raise OocoError("serve needs config=FILE, a cluster file such as the one in docs/bridge.md")
     if not isinstance(source, str):
-        raise OocoError(f"policy is {source!r}, a folder or ooco is needed")
+        raise OocoError(f"policy is {shown(source)}, a folder or ooco is needed")
     config = load_config(config_path, rest)
     policy = resolve_policy(source)
     listener = bound(config.listen.host, config.listen.port)  # before the store is opened

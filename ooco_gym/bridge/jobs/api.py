@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -12,12 +11,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ooco_gym.bridge import openai_form
 from ooco_gym.bridge.jobs.records import ConflictError, UnknownError
 from ooco_gym.bridge.jobs.runner import Runner
 from ooco_gym.bridge.jobs.store import Store
 from ooco_gym.bridge.jobs.upload import TooLargeError, receive
 from ooco_gym.bridge.jobs.validation import ENDPOINTS, Limits
-from ooco_gym.errors import OocoError
+from ooco_gym.errors import OocoError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,6 @@ def routes(store: Store, runner: Runner, limits: Limits | None = None) -> list[R
     return [Route(path, _answering(endpoint), methods=[method]) for method, path, endpoint in table]
 
 
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
-
-
 class _Jobs:
     def __init__(self, store: Store, runner: Runner, limits: Limits) -> None:
         self._store = store
@@ -71,7 +65,7 @@ class _Jobs:
         try:
             purpose = fields.get("purpose", "")
             if purpose != "batch":
-                raise _ParameterError("purpose", f"purpose is {purpose!r}; 'batch' is accepted")
+                raise _ParameterError("purpose", f"purpose is {shown(purpose)}; 'batch' is accepted")
             expiry = {key: fields[f"expires_after[{key}]"] for key in ("anchor", "seconds") if _given(fields, key)}
             lifetime_s = _lifetime_s(expiry or None, "expires_after")
             return JSONResponse(await self._store.complete_file(number, filename, purpose, size, lifetime_s))
@@ -83,7 +77,7 @@ class _Jobs:
         query = request.query_params
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
-            raise _ParameterError("order", f"order is {order!r}; 'asc' and 'desc' are accepted")
+            raise _ParameterError("order", f"order is {shown(order)}; 'asc' and 'desc' are accepted")
         limit = _limit(query.get("limit"), 10_000, 10_000)
         return _listed(*await self._store.files(query.get("after"), limit, query.get("purpose"), order == "desc"))
 
@@ -107,9 +101,9 @@ class _Jobs:
         window = _string(fields, "completion_window")
         if endpoint not in ENDPOINTS:
             known = " and ".join(f"'{known}'" for known in ENDPOINTS)
-            raise _ParameterError("endpoint", f"endpoint is {endpoint!r}; {known} are accepted")
+            raise _ParameterError("endpoint", f"endpoint is {shown(endpoint)}; {known} are accepted")
         if window != COMPLETION_WINDOW:
-            message = f"completion_window is {window!r}; '{COMPLETION_WINDOW}' is accepted"
+            message = f"completion_window is {shown(window)}; '{COMPLETION_WINDOW}' is accepted"
             raise _ParameterError("completion_window", message)
         metadata = _metadata(fields.get("metadata"))
         lifetime_s = _lifetime_s(fields.get("output_expires_after"), "output_expires_after")
@@ -139,16 +133,20 @@ def _answering(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except _ParameterError as error:
-            return error_response(400, str(error), error.param)
+            return _error(400, str(error), error.param)
         except OocoError as error:
-            return error_response(STATUS.get(type(error), 400), str(error))
+            return _error(STATUS.get(type(error), 400), str(error))
         except sqlite3.Error as error:
             logger.exception("the job store failed")
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                return error_response(507, "the job store's disk is full")
-            return error_response(500, "the job store failed; the gateway's log says why")
+                return _error(507, "the job store's disk is full")
+            return _error(500, "the job store failed; the gateway's log says why")
 
     return answer
+
+
+def _error(status: int, message: str, param: str | None = None) -> Response:
+    return Response(openai_form.error_body(status, message, param), status, media_type="application/json")
 
 
 async def _json_body(request: Request) -> dict[str, Any]:
@@ -158,9 +156,9 @@ async def _json_body(request: Request) -> dict[str, Any]:
         if len(body) > MOST_JSON_BYTES:
             raise TooLargeError(f"the body has more than {MOST_JSON_BYTES:,} bytes, the most that is accepted")
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise OocoError("the body is not valid JSON") from error
+        fields = openai_form.parse(bytes(body))
+    except ValueError as error:
+        raise OocoError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise OocoError("the body is not a JSON object")
     return fields
@@ -187,6 +185,7 @@ def _metadata(value: Any) -> dict[str, str] | None:
         not isinstance(value, dict)
         or len(value) > 16
         or not all(isinstance(item, str) and len(key) <= 64 and len(item) <= 512 for key, item in value.items())
+        or not all(_is_text(key + item) for key, item in value.items())
     ):
         raise _ParameterError(
             "metadata", "metadata is not an object of at most 16 strings of 512 characters under keys of 64 characters"
@@ -210,7 +209,7 @@ def _lifetime_s(value: Any, name: str) -> int | None:
         seconds = -1
     low, high = LIFETIME_S
     if not low <= seconds <= high:
-        raise _ParameterError(name, f"{name}[seconds] is {value.get('seconds')!r}; {low} to {high} is accepted")
+        raise _ParameterError(name, f"{name}[seconds] is {shown(value.get('seconds'))}; {low} to {high} is accepted")
     return seconds
 
 
@@ -218,7 +217,7 @@ def _limit(value: str | None, default: int, most: int) -> int:
     if value is None:
         return default
     if not value.isascii() or not value.isdigit() or not 1 <= int(value[:9]) <= most:
-        raise _ParameterError("limit", f"limit is {value!r}; 1 to {most} is accepted")
+        raise _ParameterError("limit", f"limit is {shown(value)}; 1 to {most} is accepted")
     return int(value)
 
 

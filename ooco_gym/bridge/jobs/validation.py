@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from ooco_gym.bridge import openai_form
+from ooco_gym.errors import shown
 
 METHOD = "POST"
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -91,18 +94,20 @@ class Validator:
                 raise _LineError("missing_required_parameter", f"Missing required parameter: '{key}'.", key)
         custom_id = self._custom_id(request["custom_id"])
         if request["method"] != METHOD:
-            raise _LineError("invalid_method", f"method is {request['method']!r}; 'POST' is accepted.", "method")
+            raise _LineError("invalid_method", f"method is {shown(request['method'])}; 'POST' is accepted.", "method")
         if request["url"] not in ENDPOINTS:
             known = " and ".join(f"'{url}'" for url in ENDPOINTS)
-            raise _LineError("invalid_url", f"url is {request['url']!r}; {known} are accepted.", "url")
+            raise _LineError("invalid_url", f"url is {shown(request['url'])}; {known} are accepted.", "url")
         if request["url"] != self._endpoint:
             message = f"url is '{request['url']}', which is not the batch's endpoint '{self._endpoint}'."
             raise _LineError("url_mismatch", message, "url")
         body = request["body"]
         if not isinstance(body, dict):
             raise _LineError("invalid_body", "body must be a JSON object.", "body")
+        if fault := openai_form.fault(self._endpoint, body):
+            raise _LineError("invalid_body", f"{fault[1]}.", f"body.{fault[0]}")
         if body.get("stream"):
-            raise _LineError("invalid_body", "stream is set; a batch cannot stream, leave it out.", "body.stream")
+            raise _LineError("invalid_body", "'stream' is true; a batch cannot stream, leave it out.", "body.stream")
         return custom_id, json.dumps(body)
 
     def _custom_id(self, custom_id: Any) -> str:
@@ -132,18 +137,9 @@ class Validator:
 
 def _json_object(line: bytes) -> dict[str, Any]:
     try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        message = f"This line is not valid UTF-8 (byte {error.start + 1})."
-        raise _LineError("invalid_json_line", message) from None
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise _LineError("invalid_json_line", "This line is not parseable as valid JSON.") from None
+        value = openai_form.parse(line)
+    except ValueError as error:
+        raise _LineError("invalid_json_line", f"This line is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise _LineError("invalid_json_line", "This line is not a JSON object.")
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
