@@ -54,6 +54,7 @@ def test_models_health_and_metrics():
             await client.text({**PROMPT, "service_tier": "flex"})
             page = (await client.get("/metrics"))[1].decode()
             assert 'ooco_prompt_tokens_total{class="offline"} 16.0' in page
+            assert f'ooco_instance_correction{{engine="0",of="iteration",role="relaxed",url="{only.url}"}} 1.0' in page
             assert f'ooco_instance_up{{engine="0",role="relaxed",url="{only.url}"}} 1.0' in page
             assert "instance=" not in page  # Prometheus puts that label on every series itself
             only.healthy = False

@@ -69,14 +69,21 @@ class _Collector:
         up = GaugeMetricFamily("ooco_instance_up", "1 where the instance is healthy", labels=labels)
         running = GaugeMetricFamily("ooco_instance_requests", "Requests sent and not ended", labels=[*labels, "class"])
         usage = GaugeMetricFamily("ooco_instance_kv_usage", "Share of KV in use as last scraped", labels=labels)
+        slower = GaugeMetricFamily(
+            "ooco_instance_correction", "Factor on predicted iterations, of the whole and per sequence",
+            labels=[*labels, "of"],
+        )  # fmt: skip
         for instance in self.scheduler.instances:
             key = [str(instance.index), instance.role, instance.config.url]
+            correction = self.scheduler.prediction.corrections[instance.index]
+            slower.add_metric([*key, "iteration"], correction.a)
+            slower.add_metric([*key, "sequence"], correction.b)
             up.add_metric(key, float(instance.up))
             running.add_metric([*key, "online"], instance.load.online)
             running.add_metric([*key, "offline"], instance.load.offline)
             if instance.scrape is not None:
                 usage.add_metric(key, instance.scrape.kv_usage)
-        yield from (up, running, usage)
+        yield from (up, running, usage, slower)
         backlog = GaugeMetricFamily("ooco_offline_backlog", "Offline requests waiting", labels=["where"])
         backlog.add_metric(["gateway"], len(self.scheduler.backlog))
         backlog.add_metric(["store"], self.stored())
