@@ -23,10 +23,7 @@ import os
 import random
 import shlex
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
@@ -38,10 +35,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import openai
-from bridge_stub import answer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bridge_stub import answer
+
+from examples.live_cpu import servers
+from ooco_gym.errors import OocoError
 
 URL: Final = "/v1/completions"
 PHASES = ("upload", "validation", "running", "finalising", "any")
@@ -87,35 +90,30 @@ class Served:
         self.store = folder / "jobs.sqlite"
         self._command = command
         self._log = folder / "process.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = int(free.getsockname()[1])
+        self._port = servers.free_port()
         self.client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self._port}/v1", api_key="none", max_retries=0, timeout=60.0
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._server: servers.Server | None = None
 
     def start(self) -> float:
         """Start it and wait until it answers; returns the seconds that took."""
         words = [word.format(store=self.store, port=self._port) for word in shlex.split(self._command)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+        environment = {"PYTHONPATH": os.pathsep.join([str(servers.ROOT), os.environ.get("PYTHONPATH", "")])}
         began = time.monotonic()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, env=environment)
+        self._server = servers.spawn("process", words, self._port, self._log, environment, Path.cwd())
         while time.monotonic() - began < START_S:
             with contextlib.suppress(openai.APIConnectionError):
                 self.client.batches.list(limit=1)
                 return time.monotonic() - began
-            if self._process.poll() is not None:
+            if not self._server.alive():
                 break
             time.sleep(0.02)
-        text = self._log.read_text(errors="replace")
-        raise SystemExit(f"error: {shlex.join(words)} does not serve; the end of its log:\n{text[-2000:]}")
+        raise OocoError(f"{shlex.join(words)} does not serve: {self._server.last_words()}")
 
     def kill(self) -> None:
-        if self._process and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        if self._server and self._server.alive():
+            self._server.kill()
 
     def left_on_disk(self) -> dict[str, int]:
         """What a copy of the dead process's store holds in half-done states."""
@@ -263,7 +261,7 @@ def wait_for_all(client: Client, console: Console) -> list[Any]:
             if not open_batches:
                 return batches
             if time.monotonic() > deadline:
-                raise SystemExit(f"error: {len(open_batches)} batches have not ended within {END_S:g} s")
+                raise OocoError(f"{len(open_batches)} batches have not ended within {END_S:g} s")
             status.update(f"waiting for {len(open_batches)} batches to end")
             time.sleep(0.2)
 
@@ -387,7 +385,13 @@ def main() -> None:
     if (options.out / "jobs.sqlite").exists():
         parser.error(f"{options.out} holds the store of an earlier run; choose another --out or delete it")
     console = Console(width=None if sys.stdout.isatty() else 140)
-    results = run(options.kills, options.seed, options.command, options.expect, options.out, console)
+    try:
+        results = run(options.kills, options.seed, options.command, options.expect, options.out, console)
+    except OocoError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the process under test is killed", file=sys.stderr)
+        sys.exit(130)
     (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     show(results, console)
     console.print(f"{options.out / 'results.json'} written")

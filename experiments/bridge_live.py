@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from bridge_bars import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -62,28 +63,46 @@ DEFAULTS: dict[str, Any] = {
 ENGINE = Engine(context=32_768, max_seqs=SEATS, more=("--scheduling-policy", "priority"))
 
 
-def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
-    """Measure, print the table, return what goes into results.json."""
-    chosen = {**DEFAULTS, **{key: value for key, value in settings.items() if key in DEFAULTS}}
+def run(settings: Mapping[str, Any], console: Console) -> tuple[dict[str, Any], list[Bar]]:
+    """Measure and print the table; what goes into results.json, and the bars. Raises OocoError on a setting."""
+    check(settings)
     python = ensure_vllm()
     with tempfile.TemporaryDirectory(prefix="bridge-live-") as name:
         folder = Path(name)
         model = servers.ensure_model(python, folder / "model", "--layers", "2", "--context", str(ENGINE.context))
-        console.print("starting vLLM ...")
+        console.print("starting vLLM: half a minute or more")
         with servers.vllm_servers(python, model, {"vllm": ENGINE}, folder, console.print) as started:
             engine = started["vllm"]
-            machine = deployment.measure(engine, chosen["online_tokens"], 4096)
+            with console.status("measuring lone requests"):
+                machine = deployment.measure(engine, settings["online_tokens"], 4096)
             scenario = deployment.scenario(machine, model, ENGINE)
             path = servers.write_cluster(
                 folder / "cluster.yaml", [(engine, "relaxed")], scenario, scrape_interval_s=0.1
             )
             with servers.gateway(path, "ooco", folder / "gateway.log") as front:
-                bench = Bench(engine, front, chosen, console)
+                bench = Bench(engine, front, settings, console)
                 values = asyncio.run(bench.measure())
     medians = {case: {arm: statistics.median(found) for arm, found in arms.items()} for case, arms in values.items()}
-    console.print(table(values, chosen))
-    return {"ttft_s": values, "median_ttft_s": medians, "gateway": bench.gateway_counts,
-            "offline_after_abort": bench.completed, "machine_s": vars(machine)}  # fmt: skip
+    console.print(table(values, settings))
+    results = {"ttft_s": values, "median_ttft_s": medians, "gateway": bench.gateway_counts,
+               "offline_after_abort": bench.completed, "machine_s": vars(machine)}  # fmt: skip
+    return results, [
+        Bar(f"TTFT behind {case}, gateway; the bar is stock priority", found["gateway"] * 1e3,
+            found["stock priority"] * 1e3, "ms")
+        for case, found in medians.items()
+    ]  # fmt: skip
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise OocoError where a setting cannot be measured."""
+    wrong = [case for case in settings["cases"] if case not in CASES]
+    if wrong or not settings["cases"]:
+        raise OocoError(f"cases is {list(settings['cases'])}, some of {', '.join(CASES)} are needed")
+    for name, default in DEFAULTS.items():
+        if isinstance(default, int) and settings[name] < 1:
+            raise OocoError(f"{name} is {settings[name]}, a whole number of at least 1 is needed")
+    if max(settings["long_prompt_tokens"], settings["decode_tokens"] + 64) + 16 > ENGINE.context:
+        raise OocoError(f"the lengths exceed the server's context of {ENGINE.context} tokens")
 
 
 def table(values: Mapping[str, Mapping[str, Sequence[float]]], settings: Mapping[str, Any]) -> Table:
@@ -120,15 +139,18 @@ class Bench:
                 last = repeat == self.settings["repeats"] - 1
                 for case in self.settings["cases"]:
                     for arm in ARMS:
-                        ttft_s = await self._once(session, case, arm, last)
+                        where = f"repeat {repeat + 1} of {self.settings['repeats']}, {case}, {arm}"
+                        with self.console.status(where):
+                            ttft_s = await self._once(session, case, arm, last)
                         values[case][arm].append(ttft_s)
-                        self.console.print(f"  repeat {repeat + 1}, {case}, {arm}: {ttft_s * 1e3:,.0f} ms")
+                        self.console.print(f"  {where}: {ttft_s * 1e3:,.0f} ms")
         counts = self.front.metrics("ooco_preemptions_total", "ooco_wasted_tokens_total")
         self.gateway_counts = dict(zip(("preemptions", "wasted_tokens"), counts, strict=True))
         return values
 
     async def _once(self, session: aiohttp.ClientSession, case: str, arm: str, last: bool) -> float:
         """TTFT of one online arrival behind the offline work of ``case``."""
+        await self._until(0, [])
         base = self.front.url if arm == "gateway" else self.engine.url
         bodies = [] if arm == "idle" else self._offline(case, arm)
         tasks = [asyncio.create_task(self._whole(session, base, body)) for body in bodies]
@@ -150,7 +172,6 @@ class Bench:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._until(0, [])
 
     def _offline(self, case: str, arm: str) -> list[dict[str, Any]]:
         mark: dict[str, Any] = {"service_tier": "flex"} if arm == "gateway" else {"priority": 10}
@@ -234,14 +255,9 @@ def main() -> int:
     )
     arguments = vars(parser.parse_args())
     out: Path = arguments.pop("out")
-    for name in said:
-        if arguments[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} is {arguments[name]}, a whole number of at least 1 is needed")
-    if max(arguments["long_prompt_tokens"], arguments["decode_tokens"] + 64) + 16 > ENGINE.context:
-        parser.error(f"the lengths exceed the server's context of {ENGINE.context} tokens")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
-        results = run(arguments, console)
+        results, _ = run({**DEFAULTS, **arguments}, console)
     except (OocoError, SetupError, servers.ServerError, aiohttp.ClientError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
