@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Engine:
     max_seqs: int = 32
     batch_tokens: int = 512
     more: Sequence[str] = ()  # further options of vLLM's server
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables beside VLLM_ENVIRONMENT
 
     def options(self) -> list[str]:
         return ["--dtype", self.dtype, "--max-model-len", str(self.context), "--kv-cache-memory-bytes", self.kv_bytes,
@@ -78,6 +79,19 @@ def example_connector(folder: Path) -> list[str]:
         "--kv-transfer-config",
         json.dumps(config),
     ]
+
+
+def with_nixl(engine: Engine) -> Engine:
+    """The engine of one server that hands KV over through NixlConnector: buffers of the CPU, UCX on loopback."""
+    config = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu",
+              "kv_load_failure_policy": "fail", "kv_connector_extra_config": {"backends": ["UCX"]}}  # fmt: skip
+    environment = {
+        "UCX_TLS": "tcp,shm,self,sysv,posix,cma",
+        "UCX_NET_DEVICES": "lo",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+    }
+    return replace(engine, more=("--kv-transfer-config", json.dumps(config)), environment=environment)
 
 
 @dataclass
@@ -205,7 +219,8 @@ def start_vllm(
     port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port),
                "--model", str(model), "--served-model-name", MODEL, *engine.options()]  # fmt: skip
-    return spawn(name, command, port, folder / f"{name}.log", VLLM_ENVIRONMENT, folder, cores)
+    environment = {**VLLM_ENVIRONMENT, **engine.environment}
+    return spawn(name, command, port, folder / f"{name}.log", environment, folder, cores)
 
 
 @contextmanager

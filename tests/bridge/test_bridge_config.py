@@ -81,7 +81,7 @@ def test_counts_and_keys_are_taken_over():
         ({"jobs": "/no/such/folder/jobs.sqlite"}, "jobs is /no/such/folder/jobs.sqlite, but there is no folder"),
         ({"jobs": "~/jobs.sqlite"}, "jobs is ~/jobs.sqlite, but there is no folder ~"),
         ({"decision_log": "/no/such/folder/log"}, "decision_log is /no/such/folder/log, but there is no folder"),
-        ({"decision_log": "/"}, "decision_log is /, which is a folder"),
+        ({"decision_log": "/"}, "decision_log is /, which is no regular file"),
         ({"decision_log": "same", "jobs": "./same"}, "jobs is ./same, which is the decision_log as well"),
         ({"listen": {"port": 70000}}, "listen.port is 70000"),
         ({"listen": {"host": ""}}, "listen.host is ''"),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_nothing_is_wrong_or_left_over(seed, connector):
                         assert not offline, body
                         events = body.strip().split(b"\n\n")
                         assert "error" in json.loads(events[-1].removeprefix(b"data: "))
-                        assert right.startswith(text_of(body)) if status == 200 else True
+                        assert status != 200 or right.startswith(text_of(body))
                         return "error"
                     assert text_of(body) == right
                     return "right"
@@ -89,14 +90,15 @@ def test_nothing_is_wrong_or_left_over(seed, connector):
                 assert totals.offline_finished + totals.offline_cancelled == totals.offline_requests
                 await client.until(lambda: not any(fake.running for fake in fakes))
 
-    asyncio.run(asyncio.wait_for(scenario(), 25))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_the_command_serves_says_what_it_does_not_enforce_and_ends_in_order(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("instances: [{url: 'http://127.0.0.1:9', role: relaxed}]\nlisten: {port: 0}\n")
     command = [sys.executable, "-m", "ooco_gym.bridge", "serve", f"config={path}", "policy=ooco"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ExitStack() as stack:
+        stack.callback(process.kill)  # or a failing test would wait for it
         seen = []
         for line in process.stderr:
             seen.append(line)
@@ -104,11 +106,11 @@ def test_the_command_serves_says_what_it_does_not_enforce_and_ends_in_order(tmp_
                 break
         url = line.split()[-1]
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(url + "/health", timeout=5)
+            urllib.request.urlopen(url + "/health", timeout=20)
         assert caught.value.code == 503 and json.load(caught.value)["status"] == "no instance is up"
         process.send_signal(signal.SIGTERM)
         seen += process.stderr.readlines()
-        assert process.wait(10) == 0
+        assert process.wait(20) == 0
     logged = [json.loads(line) for line in seen if not line.startswith("listening on ")]
     assert any(entry.get("note", "").startswith("knob prefill_chunk is not enforced: ") for entry in logged)
     assert "instance is down" in {entry["event"] for entry in logged}

@@ -145,11 +145,11 @@ def test_a_decision_takes_less_than_a_millisecond(tmp_path):
 def test_a_decision_stays_on_its_thread(exported_network):
     """A pool of its own would compete with the gateway for the cores."""
     load_deployed(exported_network[0])  # whatever the libraries start once
-    before = len(list(Path("/proc/self/task").iterdir()))
+    before = set(os.listdir("/proc/self/task"))
     policies = [load_deployed(exported_network[0]) for _ in range(3)]
     for policy in policies:
         policy.actions(random_observations(2000))
-    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert set(os.listdir("/proc/self/task")) <= before  # one of an earlier test may have ended
 
 
 # What is refused.

@@ -7,7 +7,7 @@ import json
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,7 @@ def test_a_file_goes_when_its_lifetime_is_over(tmp_path: Path, monkeypatch: pyte
         batch = server.finished(jsonl("one"), output_expires_after=policy)
         assert server.client.files.retrieve(batch.output_file_id).expires_at == server.clock.now + 3600
         server.clock.now += 3601
-        for _ in range(200):
-            kept = list(server.client.files.list())
-            if [entry.id for entry in kept] == [batch.input_file_id]:
-                break
-            time.sleep(0.01)
-        else:
-            raise AssertionError(kept)
+        _until(lambda: [entry.id for entry in server.client.files.list()], [batch.input_file_id])
 
 
 def test_batches_are_listed_newest_first_page_by_page(tmp_path: Path) -> None:
@@ -235,7 +229,7 @@ def test_expiry(tmp_path: Path) -> None:
         batch = server.start(jsonl("one", "hang", "hang", "two"))
         server.wait(batch.id, lambda now: now.request_counts.completed == 1)
         server.clock.now += 24 * 3600 - 1
-        time.sleep(0.1)
+        time.sleep(0.1)  # several ticks
         assert server.client.batches.retrieve(batch.id).status == "in_progress"
         server.clock.now += 1
         batch = server.wait(batch.id, has_ended)
@@ -298,14 +292,9 @@ def test_a_client_that_goes_away_in_its_upload_leaves_nothing(server: Served) ->
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 390000\r\n\r\n"
         connection.sendall(head.encode() + _form(("file", "a", b"x" * 300_000))[:-20])
-        time.sleep(0.05)
-        assert _counts(server)[0] == before[0] + 1  # begun, and not to be seen
+        _until(lambda: _counts(server)[0], before[0] + 1)  # begun, and not to be seen
         assert len(list(server.client.files.list())) == _counts(server)[2]
-    for _ in range(200):
-        if _counts(server) == before:
-            break
-        time.sleep(0.01)
-    assert _counts(server) == before
+    _until(lambda: _counts(server), before)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
@@ -326,6 +315,13 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         most_pages(unbounded)
         assert server.client.files.content(server.upload(b"x" * 5_000_000)).content == b"x" * 5_000_000
         assert server.client.files.content(kept).content == b"x"
+
+
+def _until(observe: Callable[[], object], wanted: object, seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while (seen := observe()) != wanted:
+        assert time.monotonic() < end, f"saw {seen}, not {wanted}, for {seconds:g} s"
+        time.sleep(0.01)
 
 
 def _counts(server: Served) -> tuple[int, int, int]:

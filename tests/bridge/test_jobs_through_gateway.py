@@ -18,7 +18,7 @@ from harness import config_for, gateway
 
 
 def run(scenario):
-    asyncio.run(asyncio.wait_for(scenario, 25))
+    asyncio.run(asyncio.wait_for(scenario, 60))
 
 
 def lines(count, tokens=4):
@@ -51,15 +51,16 @@ def test_a_job_runs_beside_online_requests_and_survives_a_restart(tmp_path):
                 api = openai.AsyncOpenAI(base_url=client.base + "/v1", api_key="k", max_retries=0)
                 batch = await start(api, lines(30))
                 await client.until(lambda: fake.finished >= 6)
+                fake.hold_decode = True
                 for _ in range(3):  # each aborts a prefill or takes a seat
-                    await api.completions.create(model="tiny", prompt="online", max_tokens=2)
+                    await api.completions.create(model="tiny", prompt="online", max_tokens=1)
                 wrong = openai.AsyncOpenAI(base_url=client.base + "/v1", api_key="x", max_retries=0)
                 with pytest.raises(openai.AuthenticationError):
                     await wrong.batches.retrieve(batch.id)
                 assert client.totals.offline_finished < 30
                 await api.close()
                 await wrong.close()
-            aborted = fake.aborted
+            aborted, fake.hold_decode = fake.aborted, False
             async with gateway(config_for([fake], **settings)) as client:
                 api = openai.AsyncOpenAI(base_url=client.base + "/v1", api_key="k", max_retries=0)
                 done = await finished(api, batch.id)
@@ -79,7 +80,7 @@ def test_a_job_runs_beside_online_requests_and_survives_a_restart(tmp_path):
 
 def test_backlog_counts_what_the_store_holds(tmp_path):
     async def scenario():
-        fake = FakeUpstream(decode_s=0.05, max_num_seqs=2)
+        fake = FakeUpstream(hold_decode=True, max_num_seqs=2)
         async with upstreams(fake):
             async with gateway(config_for([fake], jobs=str(tmp_path / "jobs.sqlite"))) as client:
                 api = openai.AsyncOpenAI(base_url=client.base + "/v1", api_key="k", max_retries=0)

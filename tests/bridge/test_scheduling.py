@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 
 import pytest
 
@@ -21,7 +22,7 @@ OFFLINE = {**PROMPT, "service_tier": "flex"}
 
 
 def run(scenario):
-    asyncio.run(asyncio.wait_for(scenario, 20))
+    asyncio.run(asyncio.wait_for(scenario, 60))
 
 
 def policy(rules=None, **knobs):
@@ -34,14 +35,14 @@ def send(client, payload, **more):
 
 def test_gate_counts_offline_requests_in_units_of_saturation_batches():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.02)
+        fake = FakeUpstream(hold_decode=True)
         async with upstreams(fake), gateway(config_for([fake]), policy(gate_batch=0.1)) as client:
-            instance = client.scheduler.instances[0]
-            instance.saturation_batch = 30  # 0.1 of it is 3
+            client.scheduler.instances[0].saturation_batch = 30  # 0.1 of it is 3
             tasks = [send(client, OFFLINE, stream=True, prompt=f"p{index}") for index in range(7)]
-            await client.until(lambda: instance.load.offline == 3)
-            await asyncio.sleep(0.1)
+            await client.until(lambda: fake.running == 3)
+            await client.rounds()
             assert fake.running == 3 and len(client.scheduler.backlog) == 4
+            fake.hold_decode = False
             assert await asyncio.gather(*tasks) == ["".join(fake.words({"prompt": f"p{i}"}, 8)) for i in range(7)]
 
     run(scenario())
@@ -49,13 +50,15 @@ def test_gate_counts_offline_requests_in_units_of_saturation_batches():
 
 def test_online_goes_first_and_offline_waits_for_its_first_token():
     async def scenario():
-        fake = FakeUpstream(prefill_s_per_token=0.02)
+        fake = FakeUpstream(hold_prefill=True)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             online = send(client, PROMPT, stream=True)
             await client.until(lambda: len(fake.log) == 1)
             offline = send(client, OFFLINE)
-            await asyncio.sleep(0.1)
+            await client.until(lambda: len(client.scheduler.backlog) == 1)
+            await client.rounds()
             assert len(fake.log) == 1  # the gate is open, but an online request waits there
+            fake.hold_prefill = False
             await online
             await offline
             assert len(fake.log) == 2
@@ -66,12 +69,13 @@ def test_online_goes_first_and_offline_waits_for_its_first_token():
 @pytest.mark.parametrize("stream", [False, True])
 def test_preempted_prefill_is_restarted_and_answers_as_if_nothing_had_happened(stream):
     async def scenario():
-        fake = FakeUpstream(prefill_s_per_token=0.02)
+        fake = FakeUpstream(hold_prefill=True)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             offline = send(client, OFFLINE, stream=stream)
             await client.until(lambda: fake.running == 1)
             online = send(client, PROMPT, prompt="hi", stream=True)
             await client.until(lambda: fake.aborted == 1)
+            fake.hold_prefill = False
             assert await online == "".join(fake.words({"prompt": "hi"}, 8))
             assert await offline == "".join(fake.words(PROMPT, 8))
             assert [entry["payload"]["prompt"] for entry in fake.log] == [PROMPT["prompt"], "hi", PROMPT["prompt"]]
@@ -85,7 +89,7 @@ def test_preempted_prefill_is_restarted_and_answers_as_if_nothing_had_happened(s
 
 def test_preempted_requests_return_to_the_head_of_the_backlog_in_order():
     async def scenario():
-        fake = FakeUpstream(prefill_s_per_token=0.01, max_num_seqs=2)
+        fake = FakeUpstream(hold_prefill=True, max_num_seqs=2)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             tasks = []
             for name in ("a", "b", "c", "d"):
@@ -95,28 +99,35 @@ def test_preempted_requests_return_to_the_head_of_the_backlog_in_order():
             tasks.append(send(client, PROMPT, prompt="online", stream=True))
             await client.until(lambda: client.totals.preemptions == 2)
             assert [request.payload["prompt"][0] for request in client.scheduler.backlog] == ["a", "b", "c", "d"]
+            await client.until(lambda: len(fake.log) == 3)
+            fake.prefill_s_per_token, fake.hold_prefill = 0.002, False  # longer than two requests are apart
             await asyncio.gather(*tasks)
-            assert [entry["payload"]["prompt"][0] for entry in fake.log] == list("aboabcd")
+            order = "".join(entry["payload"]["prompt"][0] for entry in fake.log)
+            assert order[:3] == "abo" and set(order[3:5]) == set("ab") and set(order[5:]) == set("cd")
 
     run(scenario())
 
 
 def test_patient_slack_does_not_interrupt():
     async def scenario():
-        fake = FakeUpstream(prefill_s_per_token=0.01)
+        fake = FakeUpstream()
         async with upstreams(fake), gateway(config_for([fake]), policy(preempt_slack=0.5)) as client:
-            await client.until(lambda: client.scheduler.placement.knobs["preempt_slack"] == 0.5)
-            offline = send(client, OFFLINE)
-            await client.until(lambda: fake.running == 1)
-            await send(client, PROMPT, prompt="hi", stream=True)
-            await offline
+
+            async def meet():
+                """An online request arrives in the prefill of an offline one."""
+                fake.hold_prefill, before = True, len(fake.log)
+                offline = send(client, OFFLINE)
+                await client.until(lambda: fake.running == 1)
+                online = send(client, PROMPT, prompt="hi", stream=True)
+                await client.until(lambda: len(fake.log) == before + 2)
+                fake.hold_prefill = False
+                await asyncio.gather(offline, online)
+
+            await meet()
             assert client.totals.preemptions == 0 and fake.aborted == 0
-            client.scheduler.placement.knobs["preempt_slack"] = 0.01  # 5 ms: less than the arrival's own prefill
-            offline = send(client, OFFLINE)
-            await client.until(lambda: fake.running == 1)
-            client.scheduler.placement.knobs["preempt_slack"] = 0.01
-            await send(client, PROMPT, prompt="hi", stream=True)
-            await offline
+            client.bridge.control.policy = policy(preempt_slack=0.01)  # 5 ms: less than the arrival's own prefill
+            await client.until(lambda: client.scheduler.placement.knobs["preempt_slack"] == 0.01)
+            await meet()
             assert client.totals.preemptions == 1
 
     run(scenario())
@@ -124,16 +135,14 @@ def test_patient_slack_does_not_interrupt():
 
 def test_decodes_give_way_where_the_engine_has_no_seat():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.02, max_num_seqs=4)
+        fake = FakeUpstream(hold_decode=True, max_num_seqs=4)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             tasks = [send(client, OFFLINE, stream=True, prompt=f"p{index}", max_tokens=30) for index in range(4)]
             await client.until(lambda: client.scheduler.instances[0].load.offline_decodes == 4)
-            loop = asyncio.get_running_loop()
-            sent = loop.time()
-            await send(client, PROMPT, max_tokens=1, stream=True)
-            assert loop.time() - sent < 0.3  # behind them it would be 0.6 s
+            await send(client, PROMPT, max_tokens=1, stream=True)  # behind them it would wait for ever
             assert client.totals.preemptions == 1  # the newest one
             assert client.totals.wasted_output_tokens >= 1
+            fake.hold_decode = False
             assert await asyncio.gather(*tasks) == ["".join(fake.words({"prompt": f"p{i}"}, 30)) for i in range(4)]
             assert [entry["payload"]["prompt"] for entry in fake.log].count("p3") == 2
 
@@ -142,7 +151,7 @@ def test_decodes_give_way_where_the_engine_has_no_seat():
 
 def test_decodes_give_way_where_the_engine_has_no_kv():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.02, kv_blocks=8)  # 128 tokens
+        fake = FakeUpstream(hold_decode=True, kv_blocks=8)  # 128 tokens
         async with upstreams(fake), gateway(config_for([fake])) as client:
             instance = client.scheduler.instances[0]
             await client.until(lambda: instance.kv_blocks == 8)  # read from the engine's metrics
@@ -151,6 +160,7 @@ def test_decodes_give_way_where_the_engine_has_no_kv():
             assert client.totals.preemptions == 0
             await send(client, PROMPT, prompt=list(range(70)), max_tokens=1, stream=True)
             assert client.totals.preemptions == 1
+            fake.hold_decode = False
             await long
 
     run(scenario())
@@ -158,15 +168,14 @@ def test_decodes_give_way_where_the_engine_has_no_kv():
 
 def test_online_request_that_the_engine_keeps_waiting_makes_room():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.02, max_num_seqs=2)
+        fake = FakeUpstream(hold_decode=True, max_num_seqs=2)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             client.scheduler.instances[0].max_seqs = 64  # what the gateway believes is wrong
             tasks = [send(client, OFFLINE, stream=True, prompt=f"p{index}", max_tokens=60) for index in range(2)]
-            await client.until(lambda: fake.running == 2 and client.scheduler.instances[0].load.offline_decodes == 2)
-            loop = asyncio.get_running_loop()
-            sent = loop.time()
-            await send(client, PROMPT, max_tokens=1, stream=True)
-            assert loop.time() - sent < 0.6 and client.totals.preemptions >= 1
+            await client.until(lambda: client.scheduler.instances[0].load.offline_decodes == 2)
+            await send(client, PROMPT, max_tokens=1, stream=True)  # behind them it would wait for ever
+            assert client.totals.preemptions >= 1
+            fake.hold_decode = False
             await asyncio.gather(*tasks)
 
     run(scenario())
@@ -174,15 +183,17 @@ def test_online_request_that_the_engine_keeps_waiting_makes_room():
 
 def test_kv_reserve_keeps_offline_prompts_out():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.02, kv_blocks=8)  # 128 tokens
+        fake = FakeUpstream(hold_decode=True, kv_blocks=8)  # 128 tokens
         async with upstreams(fake), gateway(config_for([fake]), policy(kv_reserve=0.5)) as client:
             instance = client.scheduler.instances[0]
             await client.until(lambda: instance.kv_blocks == 8)
             first = send(client, OFFLINE, prompt=list(range(40)))
             await client.until(lambda: instance.load.offline == 1)
             second = send(client, OFFLINE, prompt=list(range(30)))  # 40 + 31 > 64
-            await asyncio.sleep(0.05)
+            await client.until(lambda: len(client.scheduler.backlog) == 1)
+            await client.rounds()
             assert instance.load.offline == 1
+            fake.hold_decode = False
             await asyncio.gather(first, second)
 
     run(scenario())
@@ -190,13 +201,17 @@ def test_kv_reserve_keeps_offline_prompts_out():
 
 def test_unstreamed_requests_are_seen_to_decode_in_the_metrics():
     async def scenario():
-        fake = FakeUpstream(prefill_s_per_token=0.002, decode_s=0.02)
+        fake = FakeUpstream(hold_prefill=True, hold_decode=True)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             load = client.scheduler.instances[0].load
             task = send(client, OFFLINE, max_tokens=30)
-            await client.until(lambda: load.offline_prefills == 1)
+            await client.until(lambda: fake.running == 1)
+            await client.rounds()
+            assert load.offline_prefills == 1
+            fake.hold_prefill = False
             await client.until(lambda: load.offline_decodes == 1 and load.offline_prefills == 0)
             assert fake.running == 1
+            fake.hold_decode = False
             await task
 
     run(scenario())
@@ -204,22 +219,28 @@ def test_unstreamed_requests_are_seen_to_decode_in_the_metrics():
 
 def test_strict_instances_pull_by_length_within_kv_and_bound():
     async def scenario():
-        relaxed, strict = FakeUpstream(decode_s=0.02), FakeUpstream(decode_s=0.02)
+        relaxed, strict = FakeUpstream(hold_decode=True), FakeUpstream(hold_decode=True)
         async with upstreams(relaxed, strict):
             async with gateway(config_for([relaxed], [strict]), policy(gate_batch=0.1)) as client:
                 one, two = client.scheduler.instances
                 one.saturation_batch = 10  # the gate is full with one
+                two.next_pull_s = math.inf  # until all have come
                 prompts = [list(range(count)) for count in (40, 30, 800, 20)]
                 client.scheduler.placement.pull_length = lambda instance: 800.0
-                tasks = [send(client, OFFLINE, prompt=prompt) for prompt in prompts]
-                await client.until(lambda: two.load.offline >= 1)
+                tasks = []
+                for waiting, prompt in enumerate(prompts):
+                    tasks.append(send(client, OFFLINE, prompt=prompt))
+                    await client.until(lambda waiting=waiting: relaxed.log and len(client.scheduler.backlog) == waiting)
+                two.next_pull_s = 0.0
+                await client.until(lambda: strict.log)
                 assert strict.log[0]["payload"]["prompt"] == prompts[2]
                 assert relaxed.log[0]["payload"]["prompt"] == prompts[0]
+                relaxed.hold_decode = strict.hold_decode = False
                 await asyncio.gather(*tasks)
                 assert client.totals.pulls >= 1
                 pulled = client.totals.pulls
-                client.scheduler.placement.knobs["pull_kv"] = 0.0
                 client.bridge.control.policy = policy(gate_batch=0.1, pull_kv=0.0)
+                await client.until(lambda: client.scheduler.placement.knobs["pull_kv"] == 0.0)
                 await asyncio.gather(*(send(client, OFFLINE, prompt=prompt) for prompt in prompts))
                 assert client.totals.pulls == pulled
 
@@ -318,11 +339,12 @@ def test_offline_requests_are_handed_over_where_a_strict_instance_pulls():
 
 def test_offline_work_survives_an_instance():
     async def scenario():
-        one, two = FakeUpstream(decode_s=0.02), FakeUpstream(decode_s=0.02)
+        one, two = FakeUpstream(hold_decode=True), FakeUpstream(hold_decode=True)
         async with upstreams(one, two), gateway(config_for([one, two])) as client:
             tasks = [send(client, OFFLINE, prompt=f"p{index}", max_tokens=20) for index in range(6)]
             await client.until(lambda: one.running + two.running == 6)
             await one.stop()
+            two.hold_decode = False
             assert await asyncio.gather(*tasks) == ["".join(two.words({"prompt": f"p{i}"}, 20)) for i in range(6)]
             assert client.totals.offline_finished == 6 and client.totals.retries >= 1
 
@@ -331,14 +353,14 @@ def test_offline_work_survives_an_instance():
 
 def test_dispatcher_returns_status_and_body_and_can_be_cancelled():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.02)
+        fake = FakeUpstream()
         async with upstreams(fake), gateway(config_for([fake])) as client:
             status, body = await client.scheduler.complete("/v1/completions", {**PROMPT, "stream": True}, "j1")
             assert status == 200 and body["choices"][0]["text"] == "".join(fake.words(PROMPT, 8))
             fake.error_status = 400
             status, body = await client.scheduler.complete("/v1/completions", PROMPT, "j2")
             assert status == 400 and body["error"]["message"] == "broken"
-            fake.error_status = 0
+            fake.error_status, fake.hold_decode = 0, True
             job = asyncio.create_task(client.scheduler.complete("/v1/completions", {**PROMPT, "max_tokens": 500}, "j3"))
             await client.until(lambda: fake.running == 1)
             job.cancel()
@@ -352,7 +374,7 @@ def test_dispatcher_returns_status_and_body_and_can_be_cancelled():
 
 def test_job_that_was_preempted_can_still_be_cancelled():
     async def scenario():
-        fake = FakeUpstream(prefill_s_per_token=0.02)
+        fake = FakeUpstream(hold_prefill=True)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             job = asyncio.create_task(client.scheduler.complete("/v1/completions", PROMPT, "j"))
             await client.until(lambda: fake.running == 1)
@@ -364,6 +386,7 @@ def test_job_that_was_preempted_can_still_be_cancelled():
             with pytest.raises(asyncio.CancelledError):
                 await job
             assert not client.scheduler.backlog
+            fake.hold_prefill = False
             await online
 
     run(scenario())
@@ -371,7 +394,7 @@ def test_job_that_was_preempted_can_still_be_cancelled():
 
 def test_many_waiting_jobs_cancelled_at_once_leave_nothing_behind():
     async def scenario():
-        fake = FakeUpstream(decode_s=0.05, max_num_seqs=2)
+        fake = FakeUpstream(hold_decode=True, max_num_seqs=2)
         async with upstreams(fake), gateway(config_for([fake])) as client:
             scheduler, load = client.scheduler, client.scheduler.instances[0].load
             payload = {**PROMPT, "max_tokens": 100}
@@ -383,6 +406,7 @@ def test_many_waiting_jobs_cancelled_at_once_leave_nothing_behind():
             scheduler.backlog.send()
             await asyncio.gather(*jobs, return_exceptions=True)
             assert not scheduler.backlog and not load.requests and client.totals.offline_cancelled == 20
+            fake.hold_decode = False
             assert await client.text(OFFLINE) == "".join(fake.words(PROMPT, 8))
 
     run(scenario())
@@ -393,7 +417,8 @@ def test_no_offline_rule_keeps_the_gate_shut():
         fake = FakeUpstream()
         async with upstreams(fake), gateway(config_for([fake]), policy({"admission": "none"})) as client:
             task = send(client, OFFLINE)
-            await asyncio.sleep(0.15)
+            await client.until(lambda: client.scheduler.backlog)
+            await client.rounds()
             assert not fake.log and len(client.scheduler.backlog) == 1
             task.cancel()
             await client.until(lambda: not client.scheduler.backlog)
@@ -403,7 +428,7 @@ def test_no_offline_rule_keeps_the_gate_shut():
 
 def test_dry_run_is_plain_routing():
     async def scenario():
-        one, two = FakeUpstream(prefill_s_per_token=0.01), FakeUpstream(prefill_s_per_token=0.01)
+        one, two = FakeUpstream(hold_prefill=True), FakeUpstream(hold_prefill=True)
         async with upstreams(one, two):
             config = config_for([one], [two], dry_run=True)
             async with gateway(config, policy({"admission": "none"}, gate_batch=0.1)) as client:
@@ -412,6 +437,8 @@ def test_dry_run_is_plain_routing():
                 tasks = [send(client, OFFLINE, prompt=f"p{index}") for index in range(6)]
                 await client.until(lambda: one.running == two.running == 3)  # no gate, balanced
                 tasks.append(send(client, PROMPT, stream=True))
+                await client.until(lambda: one.running + two.running == 7)
+                one.hold_prefill = two.hold_prefill = False
                 await asyncio.gather(*tasks)
                 assert client.totals.preemptions == 0 and one.aborted == two.aborted == 0
                 assert client.scheduler.placement.knobs["gate_batch"] == 1.0  # nothing was applied

@@ -27,6 +27,7 @@ def test_status_tells_pools_queues_attainment_and_knobs():
         async with upstreams(FakeUpstream(), FakeUpstream()) as (relaxed, strict):
             policy = ConstantPolicy("patient", knobs={"preempt_slack": 0.5, "gate_batch": 0.1})
             async with gateway(config_for([relaxed], [strict]), policy) as client:
+                client.bridge.ledger.ttft_slo_s = client.bridge.ledger.tpot_slo_s = 60.0  # on a busy machine, too
                 await client.text({"prompt": "p", "stream": True, "max_tokens": 3})
                 await client.text({"prompt": "p", "service_tier": "flex", "max_tokens": 3})
                 await client.until(lambda: client.bridge.control.decisions > 2)
@@ -48,7 +49,7 @@ def test_status_tells_pools_queues_attainment_and_knobs():
                 code, html = await client.get("/status")
                 assert code == 200 and b"<!doctype html>" in html
 
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 @pytest.mark.parametrize(

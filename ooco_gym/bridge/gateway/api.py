@@ -93,9 +93,7 @@ class Completions:
         except ValueError as error:
             raise RefusedError(400, f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(payload, dict):
-            raise RefusedError(
-                400, f"the body is a JSON {type(payload).__name__}, an object is needed", code="invalid_json"
-            )
+            raise RefusedError(400, "the body is not a JSON object", code="invalid_json")
         if fault := openai_form.fault(path, payload):
             raise RefusedError(400, fault[1], fault[0], "invalid_value")
         online = self._class(payload, headers)
@@ -209,6 +207,7 @@ class Gateway:
             Route("/status.json", self.status_json),
         ]
         starlette = Starlette(routes=[*routes, *more], lifespan=lifespan)
+        starlette.router.redirect_slashes = False  # to an address that only this host's clients may know
         for status in (404, 405, 500):
             starlette.add_exception_handler(status, http_error)
         return KeyCheck(starlette, self.config.api_key)

@@ -325,8 +325,8 @@ def _files(top: Mapping[str, Any]) -> dict[str, Any]:
         folder = os.path.dirname(value) or "."
         if not os.path.isdir(folder):
             raise OocoError(f"{key} is {value}, but there is no folder {folder}, a file in an existing one is needed")
-        if os.path.isdir(value):
-            raise OocoError(f"{key} is {value}, which is a folder, a file is needed")
+        if os.path.exists(value) and not os.path.isfile(value):  # a pipe would be waited for, a device not kept
+            raise OocoError(f"{key} is {value}, which is no regular file, one or a new name is needed")
         found[key] = value
     if len({os.path.realpath(path) for path in found.values()}) < len(found):
         raise OocoError(f"jobs is {found['jobs']}, which is the decision_log as well, two files are needed")

@@ -68,11 +68,11 @@ class _Thread:
         return future
 
 
-def _open_log(path: str | None) -> IO[str] | None:
+def _open_log(path: str | None) -> IO[bytes] | None:
     if path is None:
         return None
     try:
-        return Path(path).open("a", encoding="utf-8", buffering=1)
+        return Path(path).open("ab", buffering=0)  # a line is in the file or lost, never kept for later
     except OSError as error:
         raise OocoError(f"decision_log {path}: cannot be written ({error.strerror or error})") from None
 
@@ -112,7 +112,8 @@ class Control:
         self.decisions = self.fallbacks = 0
         self._knobs = dict(zip(KNOB_NAMES, ooco_knobs().tolist(), strict=True))
         self._thread = _Thread("ooco-policy")
-        self._log: IO[str] | None = _open_log(config.decision_log)
+        self._log: IO[bytes] | None = _open_log(config.decision_log)
+        self._log_fails = False
 
     async def run(self) -> None:
         """Decide every interval until cancelled."""
@@ -127,7 +128,7 @@ class Control:
             while True:
                 try:
                     await self.step()
-                except Exception:  # a full disk under the log, or a defect: serve on as the paper would
+                except Exception:  # a defect: serve on as the paper would
                     log.exception("control step failed")
                     if not self.config.dry_run:
                         self.scheduler.apply(dict(zip(KNOB_NAMES, ooco_knobs().tolist(), strict=True)))
@@ -157,8 +158,20 @@ class Control:
         if not self.config.dry_run:
             self.scheduler.apply(knobs)
         if self._log is not None:
-            self._log.write(json.dumps(decision.record(self.config.dry_run)) + "\n")
+            self._write(self._log, json.dumps(decision.record(self.config.dry_run)) + "\n")
         return decision
+
+    def _write(self, file: IO[bytes], line: str) -> None:
+        """A log that cannot be written changes no decision; it is said once."""
+        try:
+            file.write(line.encode())
+        except OSError as error:
+            if not self._log_fails:
+                why = error.strerror or str(error)
+                log.error("decision log cannot be written", extra={"path": self.config.decision_log, "why": why})
+            self._log_fails = True
+        else:
+            self._log_fails = False
 
     async def _ask(self, telemetry: Telemetry) -> tuple[Knobs, str | None]:
         """(knobs, why ooco decides or None)."""

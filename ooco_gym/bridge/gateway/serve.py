@@ -78,7 +78,7 @@ class Bridge:
         # Enough for every seat of every instance, and for a pull to choose among.
         window = sum(instance.max_seqs for instance in self.scheduler.instances) + LOOKAHEAD
         self.runner = jobs.Runner(self._store, self.scheduler, window=window)
-        return list(jobs.routes(self._store, self.runner))
+        return list(jobs.routes(self._store, self.runner, jobs.Limits(body_s=self.config.timeouts.body_s)))
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -195,8 +195,9 @@ def bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise OocoError(f"listen: {host}:{port} cannot be used: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OocoError(f"listen: {host[:80]}:{port} cannot be used: {why}") from None
     return listener
 
 
@@ -208,6 +209,7 @@ def make_server(bridge: Bridge) -> Server:
             bridge.app,
             host=listen.host,
             port=listen.port,
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -272,9 +274,8 @@ def main(settings: Mapping[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # the compiler's hundreds of thousands of objects: walking them again would stop streams for 100 ms
     server = make_server(bridge)
-    server.on_started = lambda port: print(
-        f"listening on http://{config.listen.host}:{port}", file=sys.stderr, flush=True
-    )
+    host = f"[{config.listen.host}]" if ":" in config.listen.host else config.listen.host
+    server.on_started = lambda port: print(f"listening on http://{host}:{port}", file=sys.stderr, flush=True)
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
 

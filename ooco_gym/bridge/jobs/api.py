@@ -10,12 +10,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Send
 
 from ooco_gym.bridge import openai_form
 from ooco_gym.bridge.jobs.records import ConflictError, UnknownError
 from ooco_gym.bridge.jobs.runner import Runner
 from ooco_gym.bridge.jobs.store import Store
-from ooco_gym.bridge.jobs.upload import TooLargeError, receive
+from ooco_gym.bridge.jobs.upload import SilentError, TooLargeError, pieces, receive
 from ooco_gym.bridge.jobs.validation import ENDPOINTS, Limits
 from ooco_gym.errors import OocoError, shown
 
@@ -26,7 +27,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 COMPLETION_WINDOW = "24h"
 MOST_JSON_BYTES = 256 * 1024
 LIFETIME_S = (3600, 2_592_000)
-STATUS = {UnknownError: 404, ConflictError: 409, TooLargeError: 413}
+STATUS = {UnknownError: 404, SilentError: 408, ConflictError: 409, TooLargeError: 413}
 
 
 class _ParameterError(OocoError):
@@ -61,7 +62,7 @@ class _Jobs:
         self._limits = limits
 
     async def create_file(self, request: Request) -> Response:
-        number, size, filename, fields = await receive(request, self._store, self._limits.max_file_bytes)
+        number, size, filename, fields = await receive(request, self._store, self._limits)
         try:
             purpose = fields.get("purpose", "")
             if purpose != "batch":
@@ -92,11 +93,11 @@ class _Jobs:
     async def get_content(self, request: Request) -> Response:
         file_id = request.path_params["id"]
         size = (await self._store.file(file_id))["bytes"]
-        pieces: AsyncIterator[bytes] = self._store.content(file_id)
-        return StreamingResponse(pieces, media_type="application/octet-stream", headers={"content-length": str(size)})
+        content: AsyncIterator[bytes] = self._store.content(file_id)
+        return _Content(content, media_type="application/octet-stream", headers={"content-length": str(size)})
 
     async def create_batch(self, request: Request) -> Response:
-        fields = await _json_body(request)
+        fields = await _json_body(request, self._limits.body_s)
         input_file_id, endpoint = _string(fields, "input_file_id"), _string(fields, "endpoint")
         window = _string(fields, "completion_window")
         if endpoint not in ENDPOINTS:
@@ -126,6 +127,16 @@ class _Jobs:
         return JSONResponse(batch)
 
 
+class _Content(StreamingResponse):
+    """A download, which breaks off where its file is deleted in the middle: its client sees that bytes are missing."""
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except UnknownError as error:
+            logger.warning("a download broke off: %s", error)
+
+
 def _answering(endpoint: Endpoint) -> Endpoint:
     """Give a user's mistake and a failing disk the form of an OpenAI error."""
 
@@ -149,9 +160,9 @@ def _error(status: int, message: str, param: str | None = None) -> Response:
     return Response(openai_form.error_body(status, message, param), status, media_type="application/json")
 
 
-async def _json_body(request: Request) -> dict[str, Any]:
+async def _json_body(request: Request, silent_s: float) -> dict[str, Any]:
     body = bytearray()
-    async for piece in request.stream():
+    async for piece in pieces(request, silent_s):
         body += piece
         if len(body) > MOST_JSON_BYTES:
             raise TooLargeError(f"the body has more than {MOST_JSON_BYTES:,} bytes, the most that is accepted")

@@ -13,8 +13,9 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,13 +106,14 @@ class Database:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # SQLite takes some relative names for something else than a file
         self._lock = _locked(self.path)
         try:
-            self._writer = _connect(self.path)
-            _prepare(self._writer, self.path)
-            self._reader = _connect(self.path)
-            self._reader.execute("PRAGMA query_only = ON")
+            with opening(self.path):
+                self._writer = _connect(self.path)
+                _prepare(self._writer, self.path)
+                self._reader = _connect(self.path)
+                self._reader.execute("PRAGMA query_only = ON")
         except BaseException:
             os.close(self._lock)
             raise
@@ -238,17 +240,23 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """What SQLite says of a file that it cannot use, in one sentence."""
     try:
-        connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-        connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA journal_size_limit = 67108864")
+        yield
     except sqlite3.Error as error:
         raise OocoError(
             f"cannot open the job store {path}: {error}; a SQLite file of ours or no file is accepted"
         ) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA journal_size_limit = 67108864")
     return connection
 
 
@@ -265,8 +273,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         return
     if application != APPLICATION_ID:
         raise OocoError(f"{path} is a SQLite file of another program; a job store of ours or no file is accepted")
-    version = connection.execute("SELECT version FROM schema_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise OocoError(
-            f"the job store {path} has schema version {version}; this program reads version {SCHEMA_VERSION}"
-        )
+    versions = [row[0] for row in connection.execute("SELECT version FROM schema_version")]
+    if versions != [SCHEMA_VERSION]:
+        has = ", ".join(map(str, versions)) or "none"
+        raise OocoError(f"the job store {path} has schema version {has}; this program reads version {SCHEMA_VERSION}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ooco_gym.bridge.jobs import endings, progress
-from ooco_gym.bridge.jobs.database import Database
+from ooco_gym.bridge.jobs.database import Database, opening
 from ooco_gym.bridge.jobs.records import (
     ENDED,
     ConflictError,
@@ -42,7 +42,8 @@ class Store:
         self._clock = clock
         self._database = Database(path)
         try:
-            self._database.write_now(progress.recover).result()
+            with opening(self._database.path):
+                self._database.write_now(progress.recover).result()
         except BaseException:
             self._database.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from ooco_gym.bridge.jobs.records import PART_BYTES
 from ooco_gym.bridge.jobs.store import Store
+from ooco_gym.bridge.jobs.validation import Limits
 from ooco_gym.errors import OocoError
 
 MOST_FIELD_BYTES = 64 * 1024  # all form fields and part headers together
@@ -19,6 +21,10 @@ FORM_BYTES = MOST_FIELD_BYTES + 64 * 1024  # what a form may add to its file
 
 class TooLargeError(OocoError):
     """More bytes than the limit."""
+
+
+class SilentError(OocoError):
+    """The client did not go on, or went away."""
 
 
 class _Form:
@@ -86,23 +92,27 @@ class _Form:
         return data
 
 
-async def receive(request: Request, store: Store, max_bytes: int) -> tuple[int, int, str, dict[str, str]]:
+async def receive(request: Request, store: Store, limits: Limits) -> tuple[int, int, str, dict[str, str]]:
     """Stream the form's part 'file' into the store; returns the upload's number, size, name and the other fields.
 
-    The upload is not a file yet: that is ``Store.complete_file``. Raises TooLargeError, or OocoError for what is not
-    such a form; then, and when the client goes away, nothing stays.
+    The upload is not a file yet: that is ``Store.complete_file``. Raises TooLargeError, SilentError, or OocoError for
+    what is not such a form; then nothing stays.
     """
+    max_bytes = limits.max_file_bytes
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise OocoError("the upload is not multipart/form-data with a boundary, which is what is accepted")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes + FORM_BYTES:
         raise _too_large(max_bytes)
-    form, part, size = _Form(), 0, 0
+    form, part, size, received = _Form(), 0, 0, 0
     number = await store.begin_file()
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())  # type: ignore[arg-type]
-        async for piece in _pieces(request, max_bytes):
+        async for piece in pieces(request, limits.body_s):
+            received += len(piece)
+            if received > max_bytes + FORM_BYTES:
+                raise _too_large(max_bytes)
             parser.write(piece)
             if size + len(form.content) > max_bytes:
                 raise _too_large(max_bytes)
@@ -126,18 +136,21 @@ async def receive(request: Request, store: Store, max_bytes: int) -> tuple[int, 
     return number, size, form.filename, form.fields
 
 
-async def _pieces(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """The body, which may not be much longer than the file in it."""
-    total = 0
+async def pieces(request: Request, silent_s: float) -> AsyncIterator[bytes]:
+    """The body as it comes; raises SilentError where it does not go on for ``silent_s``."""
+    stream = request.stream()
     try:
-        async for piece in request.stream():
-            total += len(piece)
-            if total > max_bytes + FORM_BYTES:
-                raise _too_large(max_bytes)
+        while True:
+            async with asyncio.timeout(silent_s):
+                piece = await anext(stream, None)
+            if piece is None:
+                return
             if piece:
                 yield piece
-    except ClientDisconnect as error:
-        raise OocoError("the client went away before its upload was whole") from error
+    except TimeoutError:
+        raise SilentError(f"the body did not go on within timeouts.body_s ({silent_s:g} s)") from None
+    except ClientDisconnect:
+        raise SilentError("the client went away before its request was whole") from None
 
 
 def _too_large(max_bytes: int) -> TooLargeError:

@@ -24,6 +24,7 @@ class Limits:
     max_line_bytes: int = 4 * 1024 * 1024
     max_errors: int = 100  # listed in a failed batch; the file is not read any further
     completion_window_s: int = 24 * 3600
+    body_s: float = 30.0  # that a client may be silent in the middle of a body
 
 
 class _LineError(Exception):
