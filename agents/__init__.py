@@ -14,7 +14,7 @@ from agents.training import Training
 from ooco_gym.errors import OocoError
 from ooco_gym.policy import SavedPolicy
 
-_NOT_AGENTS = ("training", "tracking", "closing", "vec_env")
+_NOT_AGENTS = ("training", "tracking", "closing", "vec_env", "levels")
 
 
 def known() -> list[str]:

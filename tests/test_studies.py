@@ -13,10 +13,12 @@ import pytest
 from omegaconf import OmegaConf
 
 import baselines
-from experiments import headroom
+from agents.levels import Tuner
 from experiments.benchmark import contenders
 from ooco_gym.cluster.control import ooco_knobs
 from ooco_gym.errors import OocoError
+from ooco_gym.evaluation import hindsight
+from ooco_gym.evaluation.headroom import Effort
 from ooco_gym.evaluation.suite import load_suite
 from ooco_gym.scenario import build_scenario
 
@@ -129,19 +131,19 @@ def test_a_mistake_is_one_sentence(script, arguments, said, tmp_path):
 
 
 def test_constants_tuned_on_another_scenario_of_the_same_name_are_not_taken_over(tmp_path, monkeypatch):
-    effort = headroom.Effort(1, 1, 20.0, 2, 20.0, 1, 1)
+    effort = Effort(1, 1, 20.0, 2, 20.0, 1, 1)
     tuned_on = []
-    monkeypatch.setattr(headroom, "held_reward", lambda scenario, *_: tuned_on.append(scenario.identity) or 0.0)
+    monkeypatch.setattr(hindsight, "held_reward", lambda scenario, *_: tuned_on.append(scenario.identity) or 0.0)
     one, other = (build_scenario({"episode_s": 20.0, "warmup_s": 5.0, "slo": slo}) for slo in ("medium", "loose"))
     with ThreadPoolExecutor(1) as threads:
         for scenario, again in ((one, 10), (one, 0), (other, 10)):
             tuned_on.clear()
-            tuner = headroom.Tuner(effort, 0, tmp_path / "tuned.json", lambda *_: None, threads)
+            tuner = Tuner(effort, 0, tmp_path / "tuned.json", lambda *_: None, threads)
             tuner.tune("here", {"conv": scenario}, ["gate_batch"], [ooco_knobs()])
             assert set(tuned_on) == ({scenario.identity} if again else set()) and len(tuned_on) >= again
     (tmp_path / "tuned.json").write_text("[]")
     with pytest.raises(OocoError, match="is damaged; delete it"):
-        headroom.Tuner(effort, 0, tmp_path / "tuned.json", lambda *_: None, threads)
+        Tuner(effort, 0, tmp_path / "tuned.json", lambda *_: None, threads)
 
 
 @pytest.mark.slow

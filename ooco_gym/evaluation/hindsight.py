@@ -12,7 +12,9 @@ can hope for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +62,15 @@ def held_reward(scenario: Scenario, seed: int, knobs: Vector, price: float = 5.0
     """Reward of one episode per instance-second under one knob vector held throughout."""
     simulator = _warm(scenario, seed)
     return _window(simulator, scenario, knobs, scenario.horizon_s, price) / scenario.episode_s
+
+
+def held_rewards(
+    threads: Executor, vectors: Sequence[Vector], scenarios: Sequence[Scenario], seeds: Sequence[int], price: float
+) -> Vector:
+    """:func:`held_reward` of every vector in every episode, float64 [vectors, scenarios, seeds]."""
+    cells = list(product(vectors, scenarios, seeds))
+    found = threads.map(lambda cell: held_reward(cell[1], cell[2], cell[0], price), cells)
+    return np.array(list(found)).reshape(len(vectors), len(scenarios), len(seeds))
 
 
 def _warm(scenario: Scenario, seed: int) -> Simulator:
