@@ -32,6 +32,7 @@ class FakeUpstream:
     error_status: int = 0
     healthy: bool = True
     connector: bool = False
+    loses_kv: bool = False  # KV of others cannot be fetched: 500, or HTTP 200 with an error event in a stream
     key: str = ""
     tokens: int = 8
     port: int = 0
@@ -78,6 +79,8 @@ class FakeUpstream:
         stream = bool(payload.get("stream"))
         if self.refuse == "status" or (self.refuse == "sse" and not stream):
             return web.json_response({"error": {"message": "queue full", "type": "x", "code": 503}}, status=503)
+        if self.loses_kv and not stream and "kv_transfer_params" in payload:
+            return web.json_response({"error": {"message": "KV load failed", "type": "x", "code": 500}}, status=500)
         if self.fail_before:
             http.transport.close()
             return web.Response()
@@ -131,8 +134,10 @@ class FakeUpstream:
     async def _stream(self, http: web.Request, payload: dict, length: int, count: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(http)
-        if self.refuse == "sse":
-            error = {"error": {"message": "queue full", "type": "ServiceUnavailable", "param": None, "code": 503}}
+        lost = self.loses_kv and "kv_transfer_params" in payload
+        if self.refuse == "sse" or lost:
+            what, code = ("KV load failed", 500) if lost else ("queue full", 503)
+            error = {"error": {"message": what, "type": "ServiceUnavailable", "param": None, "code": code}}
             await response.write(b"data: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n")
             return response
         chat = http.path.endswith("chat/completions")

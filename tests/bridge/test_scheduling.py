@@ -297,6 +297,20 @@ def test_hand_over_prefills_on_relaxed_and_decodes_on_strict(connector, stream):
     run(scenario())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_lost_kv_is_computed_again_on_the_instance_that_misses_it(stream):
+    async def scenario():
+        relaxed, strict = FakeUpstream(connector=True), FakeUpstream(loses_kv=True)
+        async with upstreams(relaxed, strict):
+            async with gateway(config_for([relaxed], [strict], connector="nixl")) as client:
+                assert await client.text({**PROMPT, "stream": stream}) == "".join(strict.words(PROMPT, 8))
+                assert len(relaxed.log) == 1 and len(strict.log) == 2
+                assert "kv_transfer_params" not in strict.log[1]["payload"]
+                assert client.totals.recomputed_handovers == 1 and client.totals.online_failed == 0
+
+    run(scenario())
+
+
 def test_failed_hand_over_is_computed_again():
     async def scenario():
         relaxed, strict = FakeUpstream(connector=False), FakeUpstream(connector=True)  # no kv_transfer_params

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import aiohttp
 
 from ooco_gym.bridge.gateway.config import BridgeConfig
-from ooco_gym.bridge.gateway.exchange import Answer, Out, exchange, usage
+from ooco_gym.bridge.gateway.exchange import REFUSED, Answer, Out, exchange, usage
 from ooco_gym.bridge.gateway.handover import decode_body, prefill_body
 from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError
 from ooco_gym.bridge.gateway.ledger import Ledger
@@ -101,10 +101,11 @@ class Forwarder:
                 self.lengths.learn(request.path, request.payload, found[0])
             second = decode_body(request, request.payload, json.loads(answer.body), self.config.connector)
             return await self._send(decoder, request, second, DECODE, out)
-        except (InstanceError, ValueError) as error:
+        except (InstanceError, RefusalError, ValueError) as error:
             seen = out is not None and out.started
             lost = isinstance(error, InstanceError) and error.lost
-            if not self.config.handover_fallback or seen or lost:
+            full = isinstance(error, RefusalError) and error.status in REFUSED  # KV that is lost is another status
+            if not self.config.handover_fallback or seen or lost or full:
                 raise
             why = {"request": request.id, "why": str(error)}
             log.warning("hand-over failed, the prompt is computed again", extra=why)
