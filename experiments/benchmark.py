@@ -156,9 +156,9 @@ def aggregate_table(found: Mapping[str, Aggregate], scenarios: int, reference: s
         table.add_row(
             name,
             f"{one.feasible}/{scenarios}",
-            f"{100 * middle.value:.1f} [{100 * middle.low:.1f}, {100 * middle.high:.1f}]",
-            f"{100 * mean.value:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]",
-            f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]",
+            middle.shown(".1f", 100),
+            mean.shown(".1f", 100),
+            difference.shown("+.1f", 100),
         )
     return table
 

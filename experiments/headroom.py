@@ -91,11 +91,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """What a scenario's line of the table shows of its measurement."""
     estimates = [*row["differences"].values(), row["hindsight - tuned-here"]]
     means = [f"{100 * np.mean(row['rewards'][level]):.1f}" for level in LEVELS]
-    return [*means, *(show(Estimate(**estimate)) for estimate in estimates)]
-
-
-def show(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    return [*means, *(Estimate(**estimate).shown("+.1f", 100) for estimate in estimates)]
 
 
 def run(entries: Sequence[Entry], arguments: argparse.Namespace, effort: Effort, console: Console) -> None:

@@ -43,25 +43,15 @@ from ooco_gym.evaluation.figures import colour
 from ooco_gym.evaluation.report import write_json
 from ooco_gym.evaluation.statistics import Estimate, ratio_interval, summarise
 from ooco_gym.policy import Policy
-from ooco_gym.scenario import Scenario, build_scenario
+from ooco_gym.scenario import SCENARIO_KEYS, Scenario, build_scenario
 
 #: Fig. 23 of the report: sustained offline requests/s; the last column reached the end of its sweep.
 PUBLISHED = {
     "azure-code-2023": {"base-pd": 3.0, "online-priority": 2.0, "ooco": 3.5},
     "ooc-like": {"base-pd": 1.0, "online-priority": 1.0, "ooco": 3.0},
 }
-SCENARIO_KEYS = (
-    "model",
-    "hardware",
-    "cluster",
-    "slo",
-    "cost",
-    "offline",
-    "faults",
-    "episode_s",
-    "warmup_s",
-    "data_dir",
-)
+#: What a workload or an assumption may change.
+CHANGEABLE = tuple(key for key in SCENARIO_KEYS if key != "workload")
 QUICK = {"seeds": 4, "episode_s": 200.0, "warmup_s": 40.0, "precision": 0.05}
 
 
@@ -75,7 +65,7 @@ class Study:
 
     def admitted(self, workload: str, changes: Mapping[str, Any]) -> Scenario:
         """The workload at the rate that the admission rule gives it on this cluster, times the ``load`` of changes."""
-        config = {key: self.settings[key] for key in SCENARIO_KEYS if key in self.settings}
+        config = {key: self.settings[key] for key in CHANGEABLE if key in self.settings}
         config |= {key: value for key, value in changes.items() if key != "load"} | {"workload": workload}
         with self.console.status(f"{workload} {dict(changes) or ''}: admission"):
             admission = admit(build_scenario(config))
@@ -111,10 +101,8 @@ class Study:
         return found
 
 
-def show(estimate: Estimate | None, digits: int = 2) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+def show(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else estimate.shown(".2f")
 
 
 def named_workload(entry: Any) -> tuple[str, dict[str, Any]]:
@@ -237,7 +225,7 @@ def check(settings: Mapping[str, Any]) -> None:
     if positive(settings["precision"], "precision") >= 1 or settings["precision"] < 1e-4:
         raise OocoError(f"precision is {settings['precision']:g}, 0.0001 to below 1 is accepted")
     for row, changes in settings["sensitivity"].items():
-        if not isinstance(changes, Mapping) or set(changes) - set(SCENARIO_KEYS) - {"load"}:
+        if not isinstance(changes, Mapping) or set(changes) - set(CHANGEABLE) - {"load"}:
             raise OocoError(f"sensitivity.{row} is {changes!r}, a mapping of scenario settings or load is needed")
         positive(changes.get("load", 1.0), f"sensitivity.{row}.load")
     for workload in settings["sensitivity_of"] if isinstance(settings["sensitivity_of"], list) else [None]:
@@ -294,7 +282,7 @@ def main(config: DictConfig) -> None:
     settings["sensitivity"] = chosen_rows(settings)
     save_config(settings, folder)
     study = Study(settings, folder, console)
-    compile_kernel(build_scenario({key: settings[key] for key in SCENARIO_KEYS if key in settings}))
+    compile_kernel(build_scenario({key: settings[key] for key in CHANGEABLE if key in settings}))
     results: dict[str, Any] = {"workloads": {}, "sensitivity": {}}
     try:
         for workload, changes in workloads.items():

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ooco_gym import presets
-from ooco_gym.errors import OocoError
+from ooco_gym.errors import OocoError, refuse_unknown_keys
 from ooco_gym.roofline import (
     HardwareSpec,
     ModelSpec,
@@ -46,16 +46,14 @@ DEFAULT_PRESETS = {
     "offline": "sharegpt-8k",
     "faults": "none",
 }
-
+SCENARIO_KEYS = (*DEFAULT_PRESETS, "episode_s", "warmup_s", "data_dir")  # all that a config may set
 
 Spec = TypeVar("Spec", ClusterSpec, CostSpec)
 
 
 def _spec(kind: type[Spec], values: Mapping[str, Any], group: str) -> Spec:
     known = [entry.name for entry in fields(kind)]
-    unknown = sorted(set(values) - set(known) - {"description", "name"})
-    if unknown:
-        raise OocoError(f"{group}: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
+    refuse_unknown_keys(set(values) - {"description", "name"}, known, group)
     return kind(**{key: value for key, value in values.items() if key in known})
 
 
@@ -249,10 +247,9 @@ def build_scenario(config: Mapping[str, Any] | None = None) -> Scenario:
     if config is not None and not isinstance(config, Mapping):
         raise OocoError(f"scenario is {config!r}, a mapping such as {{'hardware': 'h100'}} is needed")
     config = dict(config or {})
-    plain = ("episode_s", "warmup_s", "data_dir")
-    unknown = sorted(set(config) - set(DEFAULT_PRESETS) - set(plain))
+    unknown = sorted(set(config) - set(SCENARIO_KEYS))
     if unknown:
-        raise OocoError(f"unknown scenario key '{unknown[0]}': known are {', '.join([*DEFAULT_PRESETS, *plain])}")
+        raise OocoError(f"unknown scenario key '{unknown[0]}': known are {', '.join(SCENARIO_KEYS)}")
     data_dir = config.get("data_dir")
     model, hardware = config.get("model", DEFAULT_PRESETS["model"]), config.get("hardware", DEFAULT_PRESETS["hardware"])
     settings = {group: config.get(group, preset) for group, preset in DEFAULT_PRESETS.items()}
@@ -295,9 +292,7 @@ _OBJECTIVES = {"ttft_s": "ttft_prefills", "tpot_s": "tpot_floors"}
 def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
     """Objectives in seconds, or in multiples of what the deployment needs for the mean request alone."""
     known = [*_OBJECTIVES, *_OBJECTIVES.values(), "classes"]
-    unknown = sorted(set(values) - set(known) - {"description", "name"})
-    if unknown:
-        raise OocoError(f"slo: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
+    refuse_unknown_keys(set(values) - {"description", "name"}, known, "slo")
     classes = values.get("classes") or {}
     if not classes:
         return SloSpec(*_objectives(values, "slo", scenario))
@@ -309,10 +304,7 @@ def _slo(values: Mapping[str, Any], scenario: Scenario) -> SloSpec:
 
 
 def _slo_class(name: str, values: Mapping[str, Any], scenario: Scenario) -> SloClass:
-    known = ["share", *_OBJECTIVES, *_OBJECTIVES.values()]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise OocoError(f"slo.classes.{name}: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
+    refuse_unknown_keys(values, ["share", *_OBJECTIVES, *_OBJECTIVES.values()], f"slo.classes.{name}")
     return SloClass(name, values.get("share", 1.0), *_objectives(values, f"slo.classes.{name}", scenario))
 
 

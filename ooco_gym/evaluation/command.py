@@ -20,10 +20,8 @@ from ooco_gym.cluster import Simulator
 from ooco_gym.errors import OocoError
 from ooco_gym.evaluation.admission import Admission, admit
 from ooco_gym.evaluation.report import WIDE
-from ooco_gym.scenario import DEFAULT_PRESETS, Scenario, build_scenario
+from ooco_gym.scenario import SCENARIO_KEYS, Scenario, build_scenario
 from ooco_gym.specs import ROLES
-
-SCENARIO_KEYS = (*DEFAULT_PRESETS, "episode_s", "warmup_s", "data_dir")
 
 
 def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:

@@ -37,6 +37,11 @@ class Estimate:
     low: float
     high: float
 
+    def shown(self, form: str, factor: float = 1.0) -> str:
+        """``value [low, high]``, each times ``factor`` and formatted as ``form`` says."""
+        value, low, high = (format(factor * number, form) for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
 
 def mean_interval(values: npt.ArrayLike) -> Estimate:
     """Mean over episodes with a bootstrap interval; a single episode has no interval (low = high = value).

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ooco_gym import presets
-from ooco_gym.errors import OocoError
+from ooco_gym.errors import OocoError, refuse_unknown_keys
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,7 @@ def hardware_from_mapping(values: Mapping[str, Any], where: str = "hardware") ->
 
 def _constants(kind: Any, values: Mapping[str, Any], where: str) -> Any:
     known = [entry.name for entry in fields(kind)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise OocoError(f"{where}: unknown key '{unknown[0]}', accepted are {', '.join(known)}")
+    refuse_unknown_keys(values, known, where)
     try:
         return kind(**values)
     except TypeError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ooco_gym import presets
-from ooco_gym.errors import OocoError
+from ooco_gym.errors import OocoError, refuse_unknown_keys
 
 _EXPERT_FIELDS = ("experts", "experts_per_token", "expert_intermediate")
 
@@ -100,14 +100,12 @@ class ModelSpec:
 
 def model_from_mapping(values: Mapping[str, Any], where: str = "model") -> ModelSpec:
     """Build a spec from a preset's keys; raises OocoError naming unknown or missing keys."""
-    known = {field.name for field in fields(ModelSpec)}
+    known = sorted(field.name for field in fields(ModelSpec))
     given = {key: value for key, value in values.items() if key not in ("description", "hf_config")}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise OocoError(f"{where}: unknown key '{unknown[0]}', accepted are {', '.join(sorted(known))}")
+    refuse_unknown_keys(given, known, where)
     missing = [field.name for field in fields(ModelSpec) if field.default is MISSING and field.name not in given]
     if missing:
-        raise OocoError(f"{where}: {', '.join(missing)} missing, accepted are {', '.join(sorted(known))}")
+        raise OocoError(f"{where}: {', '.join(missing)} missing, accepted are {', '.join(known)}")
     try:
         return ModelSpec(**given)
     except TypeError as error:
