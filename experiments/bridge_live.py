@@ -1,6 +1,6 @@
 """An online request behind long offline work on real vLLM: the gateway's abort-and-retry against stock priorities.
 
-    python experiments/bridge_live.py                            three arms, two cases, five repeats; about five minutes
+    python experiments/bridge_live.py                            three arms, two cases, five repeats; about six minutes
     python experiments/bridge_live.py --repeats 3 --cases prefill --out runs/mine
 
 One vLLM server (CPU, tiny random model, loopback) serves every arm, one after the other in each repeat, so that the
@@ -69,7 +69,7 @@ def run(settings: Mapping[str, Any], console: Console) -> tuple[dict[str, Any], 
     python = ensure_vllm()
     with tempfile.TemporaryDirectory(prefix="bridge-live-") as name:
         folder = Path(name)
-        model = servers.ensure_model(python, folder / "model", "--layers", "2", "--context", str(ENGINE.context))
+        model = servers.ensure_model(python, folder / "model", "--context", str(ENGINE.context))
         console.print("starting vLLM: half a minute or more")
         with servers.vllm_servers(python, model, {"vllm": ENGINE}, folder, console.print) as started:
             engine = started["vllm"]
