@@ -12,8 +12,8 @@ of the same servers, the same slice of the workload is replayed, online requests
 the Batch API, and one row of the table of experiments/compare.py is counted. The logs, cluster.yaml, every decision and
 results.json are in --work. Ctrl-C stops everything.
 
-What it shows is the machinery with real engines. On a few shared cores two servers slow each other down, so the figures
-are of this machine and this minute; the order of policies is no result about them.
+What it shows is the machinery with real engines. Each server has its share of the cores for itself, but the gateway and
+the clients run on the same ones, so the figures are of this machine and this minute.
 """
 
 from __future__ import annotations
