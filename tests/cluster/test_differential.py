@@ -338,6 +338,8 @@ RARE = (
     "chunk kept",
     "eviction of offline partial (relaxed)",
     "eviction of offline partial (strict)",
+    "eviction of offline partial (unified)",
+    "eviction of online partial (unified)",
     "cancelled request leaves (failure)",
 )
 
