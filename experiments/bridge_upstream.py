@@ -4,7 +4,7 @@
 
 A stream comes at the pace that its request asks for (``prefill_ms``, ``token_ms``). Any other answer comes at once and
 is a success, or, where MEAN_MS is given, comes after a random while of that mean and is ``bridge_stub.answer``, a
-function of the request, so that every answer can be checked.
+function of the request, so that every answer can be checked: a hash, and for about one request in eight a refusal.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Fake:
 
     async def _stream(self, payload: Mapping[str, Any], send: Send) -> None:
         await send(_head(200, b"text/event-stream; charset=utf-8"))
-        if payload["prefill_ms"]:
-            await asyncio.sleep(payload["prefill_ms"] / 1e3)
+        if payload.get("prefill_ms", 0.0):
+            await asyncio.sleep(payload.get("prefill_ms", 0.0) / 1e3)
         for index in range(payload["max_tokens"]):
-            if index and payload["token_ms"]:
-                await asyncio.sleep(payload["token_ms"] / 1e3)
+            if index and payload.get("token_ms", 0.0):
+                await asyncio.sleep(payload.get("token_ms", 0.0) / 1e3)
             await send({"type": "http.response.body", "body": EVENT, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
@@ -108,8 +108,10 @@ async def _whole(send: Send, status: int, body: bytes) -> None:
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3 or not all(argument.replace(".", "", 1).isdigit() for argument in sys.argv[1:]):
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+    mean_s = float(sys.argv[2]) / 1e3 if len(sys.argv) == 3 else 0.0
     gc.collect()
     gc.freeze()  # what start-up made need not be walked again in the middle of a stream
-    uvicorn.run(
-        Fake(float(sys.argv[2]) / 1e3), port=int(sys.argv[1]), log_level="warning", lifespan="off", access_log=False
-    )
+    uvicorn.run(Fake(mean_s), port=int(sys.argv[1]), log_level="warning", lifespan="off", access_log=False)

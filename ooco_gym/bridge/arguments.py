@@ -44,6 +44,10 @@ def nested(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         if "=" not in argument.lstrip("="):
             raise OocoError(f"argument '{argument}' is not understood, key=value is needed")
+    keys = [argument.partition("=")[0] for argument in arguments]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise OocoError(f"{key}= is given {keys.count(key)} times, once is needed")
     try:
         values = OmegaConf.to_container(OmegaConf.from_cli(list(arguments)), resolve=True)
     except OmegaConfBaseException as error:

@@ -406,3 +406,16 @@ def test_shutdown_ends_what_does_not_drain_with_an_error():
                 assert status == 200 and b'"the gateway is shutting down"' in body.split(b"\n\n")[-2]
 
     run(scenario())
+
+
+def test_jobs_without_a_store_are_told_so():
+    async def scenario():
+        async with upstreams(FakeUpstream()) as (only,), gateway(config_for([only])) as client:
+            for path in ("/v1/files", "/v1/batches", "/v1/batches/batch_1"):
+                status, body = await client.get(path)
+                assert (
+                    status == 404
+                    and "the key jobs of its cluster file is not set" in json.loads(body)["error"]["message"]
+                )
+
+    run(scenario())

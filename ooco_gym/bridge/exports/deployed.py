@@ -85,7 +85,8 @@ def load_deployed(folder: str | Path) -> Policy:
 def _load(folder: Path) -> Policy:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "not found"
-        raise OocoError(f"policy {folder}: {what}, a folder with {MANIFEST} or policy.json is needed")
+        needed = f"a folder with {MANIFEST} or policy.json is needed"
+        raise OocoError(f"policy {folder}: {what}, {needed}; export baseline=NAME out=FOLDER makes one of a baseline")
     if (folder / MANIFEST).exists():
         try:
             return _load_export(folder)

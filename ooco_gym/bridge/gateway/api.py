@@ -206,6 +206,11 @@ class Gateway:
             Route("/status", self.status_page),
             Route("/status.json", self.status_json),
         ]
+        if not more:
+            every = ["GET", "POST", "DELETE"]
+            routes += [
+                Route(path + "{rest:path}", self.no_jobs, methods=every) for path in ("/v1/files", "/v1/batches")
+            ]
         starlette = Starlette(routes=[*routes, *more], lifespan=lifespan)
         starlette.router.redirect_slashes = False  # to an address that only this host's clients may know
         for status in (404, 405, 500):
@@ -239,6 +244,10 @@ class Gateway:
         state = "ok" if fine else "shutting down" if self.scheduler.closing else "no instance is up"
         return JSONResponse({"status": state, "instances_up": up, "instances": len(self.scheduler.instances)},
                             200 if fine else 503)  # fmt: skip
+
+    async def no_jobs(self, http: HttpRequest) -> Response:
+        body = error_body(404, "this gateway takes no jobs: the key jobs of its cluster file is not set")
+        return Response(body, 404, media_type="application/json")
 
     async def metrics_page(self, http: HttpRequest) -> Response:
         return Response(self.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")

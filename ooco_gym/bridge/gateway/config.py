@@ -1,7 +1,7 @@
 """cluster.yaml: which vLLM instances there are, what they run on, and within which limits the gateway works.
 
-Everything is checked here, at the edge, and becomes frozen dataclasses; every error is one sentence that begins with
-the path of the key. Secrets never stand in the file: it names the environment variables that hold them.
+Everything is checked here, at the edge, and becomes frozen dataclasses; every error is one sentence that names
+the key. Secrets never stand in the file: it names the environment variables that hold them.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ _KEYS = (
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BridgeConfig:
     """Read a cluster file; ``overrides`` are keys of the same shape that win over it. Raises OocoError."""
-    path = Path(path)
+    where = f"config {path}" + (" and the command line" if overrides else "")
     try:
         content = _mapping(OmegaConf.to_container(OmegaConf.load(path), resolve=False), "the file", _FILE)
         merged = OmegaConf.create(_merged(content, dict(overrides or {})))
@@ -143,7 +143,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     try:
         return parse_config(values)
     except OocoError as error:
-        raise OocoError(f"config {path}: {error}") from None
+        raise OocoError(f"{where}: {error}") from None
 
 
 def _merged(below: Any, above: Any) -> Any:

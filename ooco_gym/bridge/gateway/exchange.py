@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError
+from ooco_gym.bridge.gateway.instances import Instance, InstanceError, RefusalError, reason
 from ooco_gym.bridge.gateway.ledger import Ledger
 from ooco_gym.bridge.gateway.load import Request
 
@@ -78,7 +78,7 @@ async def exchange(
         return Answer(refusal.status, refusal.content_type, refusal.body)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         lost = isinstance(error, aiohttp.ClientConnectorError)
-        raise InstanceError(f"{instance.name}: {str(error) or type(error).__name__}", lost) from error
+        raise InstanceError(f"{instance.name}: {reason(error)}", lost) from error
     if status in REFUSED:
         raise RefusalError(status, answer.body, content_type)
     if status >= 500:

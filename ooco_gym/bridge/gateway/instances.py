@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ class Instance:
         except (InstanceError, aiohttp.ClientError, OSError, TimeoutError) as error:
             self.failures += 1
             if self.failures >= FAILURES_TO_DOWN or not self.up:
-                self.fail(_reason(error))
+                self.fail(reason(error))
             return
         self.failures = 0
         self.up = True
@@ -204,10 +205,13 @@ class Instance:
                 text = await response.text()
             self.take_scrape(parse_scrape(text, time.monotonic()))
         except (OocoError, aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError) as error:
-            self.scrape_error = _reason(error)
+            self.scrape_error = reason(error)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What went wrong with an instance, in words."""
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        return f"cannot connect to {error.host}:{error.port} ({os.strerror(error.os_error.errno)})"
     return str(error) or type(error).__name__
 
 

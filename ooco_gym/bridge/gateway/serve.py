@@ -104,8 +104,8 @@ class Bridge:
             await self.scheduler.forwarder.session.close()
             if self._store is not None:
                 self._store.close()
-            log.info("stopped", extra={"online": self.ledger.totals.online_finished,
-                                       "offline": self.ledger.totals.offline_finished})  # fmt: skip
+            log.info("stopped", extra={"online_finished": self.ledger.totals.online_finished,
+                                       "offline_finished": self.ledger.totals.offline_finished})  # fmt: skip
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -121,8 +121,10 @@ class Bridge:
         await instance.probe(session, self.config.timeouts, headers)
         if instance.up != self._logged_up.get(instance.index):  # a request may have found it dead since the last probe
             self._logged_up[instance.index] = instance.up
-            words = "instance is up" if instance.up else "instance is down"
-            log.warning(words, extra={"instance": instance.config.url, "why": instance.scrape_error})
+            if instance.up:
+                log.info("instance is up", extra={"instance": instance.config.url})
+            else:
+                log.warning("instance is down", extra={"instance": instance.config.url, "why": instance.scrape_error})
         self.scheduler.after_scrape(instance)
 
     async def _probe_forever(self, instance: Instance) -> None:
@@ -175,6 +177,8 @@ class Server(uvicorn.Server):
         # uvicorn would raise the signal again once it has ended in order; an orderly end is status 0.
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit:  # what is cut off now is cut off on purpose
+            logging.getLogger("uvicorn.error").disabled = True
         with suppress(RuntimeError):
             asyncio.get_running_loop().call_soon_threadsafe(self.bridge.begin_shutdown)
 
